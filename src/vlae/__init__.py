@@ -1,0 +1,36 @@
+"""Variational lossy autoencoders: an encoder, a prior, a decoder and a likelihood, and functions of the four."""
+
+import os
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .data import Images
+    from .model import VLAE, Terms, build, load
+    from .sampling import reconstruct, sample
+    from .training import LitVLAE
+
+__all__ = ["VLAE", "Images", "LitVLAE", "Terms", "build", "load", "reconstruct", "sample"]
+__version__ = "0.1.0"
+
+# Waiting threads that spin make shared cores many times slower; torch reads this once, as it starts.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+_HOMES = {
+    "data": ["Images"],
+    "model": ["VLAE", "Terms", "build", "load"],
+    "sampling": ["reconstruct", "sample"],
+    "training": ["LitVLAE"],
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used, so that `import vlae` does not wait for torch."""
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f".{home}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

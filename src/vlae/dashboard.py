@@ -1,0 +1,77 @@
+"""What a person sees of a run: lines and a table on the terminal, pictures on disk and in W&B."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from rich.table import Table
+
+from vlae.data import EvaluationBatches, Images, generator
+from vlae.figures import grid, pairs, save
+from vlae.sampling import reconstruct, sample
+
+UNITS = {"rate": "nats", "distortion": "nats", "nelbo": "nats, bound", "bits_per_dim": "bound"}
+
+
+def show(metrics: dict[str, Any], closing: str) -> None:
+    """The closing table of a run."""
+    table = Table("", "validation", "test", "", title_justify="left")
+    for name, unit in UNITS.items():
+        cells = (metrics.get(f"{split}/{name}") for split in ("val", "test"))
+        table.add_row(name, *("-" if value is None else f"{value:.3f}" for value in cells), unit)
+    table.add_row(
+        "independent pixels", "", f"{metrics['independent_pixels/bits_per_dim']:.3f}", "bits_per_dim, to beat"
+    )
+    console = Console()
+    console.print(table)
+    console.print(closing, soft_wrap=True, highlight=False)
+
+
+class Pictures(Callback):
+    """After each validation a line of figures; samples, and originals over reconstructions, with the averaged weights.
+
+    The same noise each time, so that a picture changes with the weights alone. Must stand before the averaging callback.
+    """
+
+    def __init__(self, folder: Path, images: Images, number: int = 32):
+        self.folder, self.images, self.number = folder, images, number
+
+    @torch.no_grad()
+    def draw(self, trainer: Trainer, module: LightningModule, split: Literal["validation", "test"]) -> None:
+        if not trainer.is_global_zero:
+            return
+        model, device = module.model, module.device
+        part = self.images.part(split)
+        x = next(iter(EvaluationBatches(part, self.number, self.images.seed, 1, 0))).x.to(device)[: self.number]
+        noise = generator("pictures", self.images.seed)
+        eps = torch.randn(2, len(x), module.code, generator=noise).to(device)  # type: ignore[arg-type]
+        uniform = torch.rand(2, *x.shape, generator=noise).to(device)
+        drawn = {
+            "samples": sample(model, eps[0], uniform[0]),
+            "reconstructions": pairs(x, reconstruct(model, x, eps[1], uniform[1]), 8),
+        }
+        for name, pictures in drawn.items():
+            picture = grid(pictures, self.images.levels, 8)
+            save(picture, self.folder / f"{name}.png")
+            for logger in trainer.loggers:
+                if hasattr(logger, "log_image"):  # W&B; uint8, as it draws floats in [0, 1] black
+                    logger.log_image(f"pictures/{name}", [picture])
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.draw(trainer, pl_module, "validation")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and not trainer.sanity_checking:
+            values = {name: float(trainer.callback_metrics[f"val/{name}"]) for name in UNITS}
+            figures = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+            print(
+                f"epoch {trainer.current_epoch + 1:3d}  step {trainer.global_step:6d}  validation: {figures}",
+                flush=True,
+            )
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.draw(trainer, pl_module, "test")

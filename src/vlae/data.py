@@ -1,0 +1,226 @@
+"""`Images`: a data set in memory, as the batches a LightningModule trains and is scored on."""
+
+import hashlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Int64, UInt8
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from vlae.datasets import Part, Splits, default_root
+
+
+class Batch(NamedTuple):
+    """`index` of each image in its split; `y` -1 without labels; `number` of the training batch since the start of
+    training, the key of all noise of its step (-1 in evaluation)."""
+
+    x: UInt8[Tensor, "B C H W"]
+    y: Int64[Tensor, " B"]
+    index: Int64[Tensor, " B"]  # type: ignore[assignment]  # a tuple's method of that name is not missed
+    number: int
+
+
+def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """Noise as a function of a key such as ("order", seed, epoch): other keys, unrelated streams."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest))
+
+
+def draw(grey: UInt8[Tensor, "*N"], uniform: Tensor) -> UInt8[Tensor, "*N"]:
+    """Bernoulli(grey / 255), from uniform noise."""
+    return (255 * uniform < grey).to(torch.uint8)
+
+
+def take(part: Part, index: Int64[Tensor, " B"], number: int = -1) -> Batch:
+    """The images of a split at `index`."""
+    labels = torch.full_like(index, -1) if part.labels is None else part.labels[index]
+    return Batch(part.images[index], labels, index, number)
+
+
+class TrainingBatches:
+    """An endless stream in which batch `number` is a function of (seed, number), so that it can be entered anywhere.
+
+    Epoch after epoch another permutation; `batch_size` images a device; each of `world` ranks takes its slice of the
+    global batch; images that do not fill a last global batch wait for the next epoch. An iteration goes on where the
+    last one ended, be it in the middle of an epoch (a resume, trainer.limit_train_batches).
+    """
+
+    def __init__(self, part: Part, batch_size: int, seed: int, world: int, rank: int) -> None:
+        self.part, self.batch_size, self.seed, self.world, self.rank = part, batch_size, seed, world, rank
+        self.number = 0
+        self.epoch, self.order = -1, torch.empty(0)
+        if len(self) == 0:
+            raise ValueError(
+                f"data.batch_size: {batch_size} images on each of {world} devices, but training has only "
+                f"{len(part.images)}; at most {len(part.images) // world}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.part.images) // (self.world * self.batch_size)
+
+    def __getitem__(self, number: int) -> Batch:
+        epoch, k = divmod(number, len(self))
+        if epoch != self.epoch:
+            self.order = torch.randperm(len(self.part.images), generator=generator("order", self.seed, epoch))
+            self.epoch = epoch
+        start = (k * self.world + self.rank) * self.batch_size
+        return take(self.part, self.order[start : start + self.batch_size], number)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for _ in range(len(self)):
+            self.number += 1
+            yield self[self.number - 1]
+
+    # without these two Lightning would warn that the order cannot be resumed; but it drops a loader's state that was
+    # saved at the end of an epoch, so `Images` keeps the number
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        pass
+
+
+class EvaluationBatches:
+    """Every image once, shared out among `world` ranks without padding: equally many batches each, none empty, sizes
+    differ by one at most. The order is drawn by the seed, so that the first batches are a fair part of the split."""
+
+    def __init__(self, part: Part, batch_size: int, seed: int, world: int, rank: int) -> None:
+        size = len(part.images)
+        if size < world:
+            raise ValueError(f"trainer.devices: {world} devices cannot share {size} images; at most {size}")
+        batches = min(-(-size // (world * batch_size)), size // world)
+        order = torch.randperm(size, generator=generator("evaluation order", seed))
+        self.part, self.chunks = part, order.tensor_split(batches * world)[rank::world]
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (take(self.part, index) for index in self.chunks)
+
+
+class Images(LightningDataModule):
+    """Batches of a data set; give its Trainer `use_distributed_sampler=False`, the batches are sharded here.
+
+    `dataset` is a function `root -> Splits` or its dotted name; `root` None is VLAE_DATA_DIR, else a cache folder.
+    `batch_size` and `eval_batch_size` are per device. `train_on_validation` adds the validation images to the
+    training images and leaves no validation. `verify=False` accepts files of the set's format with other content.
+    """
+
+    def __init__(
+        self,
+        dataset: str | Callable[..., Splits],
+        root: str | None,
+        batch_size: int,
+        eval_batch_size: int,
+        seed: int,
+        train_on_validation: bool = False,
+        verify: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if size < 1:
+                raise ValueError(f"data.{name}: {size} images; at least 1")
+        if isinstance(dataset, str):
+            try:
+                dataset = pkgutil.resolve_name(dataset)
+            except (ImportError, AttributeError, ValueError) as error:
+                raise ValueError(f"data._target_: found no function {dataset} ({error})") from error
+        if not callable(dataset):
+            raise ValueError(f"data._target_: {dataset} is no function from the folder of the files to Splits")
+        self.dataset, self.root = dataset, Path(root).expanduser() if root else default_root()
+        self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
+        self.train_on_validation, self.verify = train_on_validation, verify
+        self.train: TrainingBatches | None = None
+
+    @cached_property
+    def splits(self) -> Splits:
+        """The data set as its function returns it, with train_on_validation merged into train."""
+        splits = self.dataset(self.root) if self.verify else self.dataset(self.root, verify=False)
+        if not self.train_on_validation:
+            return splits
+        (x, y), (more_x, more_y) = splits.train, splits.validation
+        labels = None if y is None or more_y is None else torch.cat([y, more_y])
+        return splits._replace(train=Part(torch.cat([x, more_x]), labels))
+
+    def part(self, name: Literal["train", "validation", "test"]) -> Part:
+        """A split as it is evaluated: of a dynamic set, the one binarisation that belongs to the seed."""
+        part: Part = getattr(self.splits, name)
+        if not self.splits.dynamic:
+            return part
+        uniform = torch.rand(part.images.shape, generator=generator("binarise", self.seed, name))
+        return part._replace(images=draw(part.images, uniform))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        c, h, w = self.splits.train.images.shape[1:]
+        return c, h, w
+
+    @property
+    def levels(self) -> int:
+        """Values a pixel can take."""
+        return self.splits.levels
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """(world size, own rank); (1, 0) without a Trainer."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
+    def setup(self, stage: str = "fit") -> None:
+        """Read the files; for `fit` also start the training batches at number 0."""
+        if stage == "fit":
+            self.train = TrainingBatches(self.splits.train, self.batch_size, self.seed, *self.ranks)
+
+    def train_dataloader(self) -> TrainingBatches:
+        if self.train is None:
+            self.setup()
+        assert self.train is not None
+        return self.train
+
+    def val_dataloader(self) -> EvaluationBatches | list[Batch]:
+        if self.train_on_validation:
+            return []
+        return EvaluationBatches(self.part("validation"), self.eval_batch_size, self.seed, *self.ranks)
+
+    def test_dataloader(self) -> EvaluationBatches:
+        return EvaluationBatches(self.part("test"), self.eval_batch_size, self.seed, *self.ranks)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
+        """Binarise a training batch of a dynamic set anew, on its device: the slice of the global batch's noise."""
+        if not self.splits.dynamic or batch.number < 0:
+            return batch
+        world, rank = self.ranks
+        noise = generator("binarise", self.seed, batch.number, device=batch.x.device)
+        uniform = torch.rand((world, *batch.x.shape), generator=noise, device=batch.x.device)
+        return batch._replace(x=draw(batch.x, uniform[rank]))
+
+    def state_dict(self) -> dict[str, int]:
+        """The place in the training batches; a batch handed out but not trained on (interrupted) comes again."""
+        if self.train is None or self.trainer is None:
+            return {}
+        step = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        started = step.ready - step.processed  # type: ignore[attr-defined]
+        return {"number": self.train.number - started, "per_epoch": len(self.train)}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        if self.train is not None:
+            # the same place also with another batch size or another number of devices
+            self.train.number = state_dict["number"] * len(self.train) // state_dict["per_epoch"]
+
+
+def independent_pixels(splits: Splits) -> float:
+    """Bits/dim on test of the best model with independent pixels: the training images' histogram of each pixel, one
+    added to every count. Where binarisation is dynamic, the exact mean over it."""
+    train, test = (part.images.flatten(1).T for part in (splits.train, splits.test))  # [pixels N]
+    if splits.dynamic:
+        ink = (train.double().sum(1) / 255 + 1) / (train.shape[1] + 2)
+        seen = test.double().mean(1) / 255
+        return -(seen * ink.log2() + (1 - seen) * (1 - ink).log2()).mean().item()
+    count = torch.stack([torch.bincount(pixel, minlength=splits.levels) for pixel in train]).double() + 1
+    return -(count / count.sum(1, keepdim=True)).log2().gather(1, test.long()).mean().item()

@@ -1,0 +1,45 @@
+"""q(z | x): images to the distribution of their codes."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vlae.layers import ConvBlock, full, normal_log_prob, positive, pyramid
+
+
+class Normal(NamedTuple):
+    """Independent normals, one for each number of the code."""
+
+    mean: Float[Tensor, "B D"]
+    log_scale: Float[Tensor, "B D"]
+
+    def rsample_with_log_prob(self, eps: Float[Tensor, "B D"]) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B"]]:
+        """z = mean + scale * eps and log q(z | x) in nats, differentiable in mean and scale."""
+        return self.mean + self.log_scale.exp() * eps, normal_log_prob(eps) - self.log_scale.sum(1)
+
+
+class Encoder(nn.Module):
+    """Residual network: for each of `widths` a stride-2 convolution and a block, then `hidden` units.
+
+    Any image size: sizes are halved and rounded up. A code of size 0 makes an empty posterior without parameters.
+    """
+
+    def __init__(self, *, shape: tuple[int, int, int], code: int, widths: list[int], hidden: int):
+        super().__init__()
+        positive(hidden=hidden, **{f"widths[{k}]": width for k, width in enumerate(widths)})
+        layers: list[nn.Module] = []
+        channels = shape[0]
+        for width in widths:
+            layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1), ConvBlock(width)]
+            channels = width
+        height, width = pyramid(*shape[1:], len(widths))[-1]
+        layers += [nn.ELU(), nn.Flatten(), nn.Linear(channels * height * width, hidden), nn.ELU()]
+        self.net = nn.Sequential(*layers, nn.Linear(hidden, 2 * code)) if code else None
+
+    def forward(self, u: Float[Tensor, "B C H W"]) -> Normal:
+        if self.net is None:
+            return Normal(full(u.new_zeros(len(u), 0)), full(u.new_zeros(len(u), 0)))
+        mean, log_scale = full(self.net(u.contiguous(memory_format=torch.channels_last))).chunk(2, 1)
+        return Normal(mean, log_scale.clamp(-7, 7))

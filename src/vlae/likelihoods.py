@@ -1,0 +1,111 @@
+"""p(x | params) of a pixel: densities over integers, in nats."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from vlae.layers import full, positive
+
+
+class Likelihood(nn.Module):
+    """The distribution of one pixel's integers 0..levels-1, given `num_params` numbers from the decoder.
+
+    A pixel's channels are autoregressive: `pmf` is the distribution of the next channel given the earlier ones.
+    Wherever `*n` stands, any number of pixel axes may stand.
+    """
+
+    num_params: int
+
+    def __init__(self, channels: int, levels: int):
+        super().__init__()
+        self.channels, self.levels = channels, levels
+
+    def log_prob(self, params: Float[Tensor, "B P *n"], x: Int[Tensor, "B C *n"]) -> Float[Tensor, "B *n"]:
+        """log p(x) in nats, summed over the channels of a pixel."""
+        raise NotImplementedError
+
+    def pmf(self, params: Float[Tensor, "B P *n"], x: Int[Tensor, "B c *n"]) -> Float[Tensor, "B V *n"]:
+        """Probabilities of the values of channel c, given channels 0..c-1 in `x`."""
+        raise NotImplementedError
+
+    def sample(self, params: Float[Tensor, "B P *n"], uniform: Float[Tensor, "B C *n"]) -> Int[Tensor, "B C *n"]:
+        """The inverse CDF at `uniform` in [0, 1), channel by channel."""
+        x = torch.empty_like(uniform[:, :0], dtype=torch.long)
+        for c in range(self.channels):
+            below = self.pmf(params, x).cumsum(1)[:, :-1] <= uniform[:, c : c + 1]
+            x = torch.cat([x, below.sum(1, keepdim=True)], 1)
+        return x
+
+
+class Bernoulli(Likelihood):
+    """Black or white: one logit a pixel.
+
+    Raises:
+        ValueError: for more than two levels or more than one channel.
+    """
+
+    num_params = 1
+
+    def __init__(self, *, channels: int, levels: int):
+        super().__init__(channels, levels)
+        if (channels, levels) != (1, 2):
+            raise ValueError(f"Bernoulli needs 1 channel of 2 levels, got {channels} of {levels}; use LogisticMixture")
+
+    def log_prob(self, params: Float[Tensor, "B P *n"], x: Int[Tensor, "B C *n"]) -> Float[Tensor, "B *n"]:
+        logit, x = full(params[:, 0]), x[:, 0]
+        return F.logsigmoid(torch.where(x > 0, logit, -logit))
+
+    def pmf(self, params: Float[Tensor, "B P *n"], x: Int[Tensor, "B c *n"]) -> Float[Tensor, "B V *n"]:
+        logit = full(params[:, :1])
+        return torch.cat([-logit, logit], 1).sigmoid()
+
+
+class LogisticMixture(Likelihood):
+    """Discretised mixture of logistics (PixelCNN++, Salimans et al. 2017, section 2.1), 2 to 256 levels on [-1, 1].
+
+    A bin is as wide as the step between levels; the lowest and the highest reach to infinity. Parameters: mixture logits,
+    means, log-scales, `components` of each; with all of them zero the means are spread over [-1, 1].
+
+    Raises:
+        ValueError: for levels outside 2..256, no components, or more than one channel.
+    """
+
+    spread: Tensor
+
+    def __init__(self, *, channels: int, levels: int, components: int):
+        super().__init__(channels, levels)
+        positive(components=components)
+        if not 2 <= levels <= 256:
+            raise ValueError(f"LogisticMixture needs 2 to 256 levels, got {levels}")
+        if channels != 1:
+            raise ValueError(f"LogisticMixture models 1 channel, got {channels}; give grey images")
+        self.num_params = 3 * components
+        # equal components would get equal gradients for ever
+        means = torch.linspace(-1, 1, components) if components > 1 else torch.zeros(1)
+        self.register_buffer("spread", means, persistent=False)
+
+    def components(self, params: Float[Tensor, "B P *n"], x: Int[Tensor, "..."]) -> Float[Tensor, "B M *n"]:
+        """log(weight x mass) of every component at the integers `x`, which broadcast against [B, M, *n]."""
+        logits, means, log_scales = full(params).chunk(3, 1)
+        log_scales = log_scales.clamp(-7, 7)
+        means = means + self.spread.to(means).view(-1, *[1] * (means.ndim - 2))
+        half = 1 / (self.levels - 1)
+        u = 2 * half * x.to(means) - 1
+        hi, lo = (u + half - means) * torch.exp(-log_scales), (u - half - means) * torch.exp(-log_scales)
+        # log(sigmoid(hi) - sigmoid(lo)); width is the bin's own, as hi - lo would cancel in float32
+        width = 2 * half * torch.exp(-log_scales)
+        first, last = x == 0, x == self.levels - 1
+        log_mass = (
+            torch.where(last, 0.0, F.logsigmoid(hi))
+            + torch.where(first, 0.0, F.logsigmoid(-lo))
+            + torch.where(first | last, 0.0, torch.log(-torch.expm1(-width)))
+        )
+        return logits.log_softmax(1) + log_mass
+
+    def log_prob(self, params: Float[Tensor, "B P *n"], x: Int[Tensor, "B C *n"]) -> Float[Tensor, "B *n"]:
+        return self.components(params, x).logsumexp(1)
+
+    def pmf(self, params: Float[Tensor, "B P *n"], x: Int[Tensor, "B c *n"]) -> Float[Tensor, "B V *n"]:
+        values = torch.arange(self.levels, device=params.device).view(-1, *[1] * (params.ndim - 2))
+        return self.components(params[:, :, None], values).logsumexp(1).exp()

@@ -1,0 +1,117 @@
+"""The VLAE: encoder, prior, decoder, likelihood, and one function of the four.
+
+Letters: x integers, u the same in [-1, 1], z code, eps its noise, h decoder features, q posterior. Axes: B batch, C channels,
+H W, D code, F width, P params, V values of a pixel, M components, K importance samples, n pixels of a wave.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from vlae.encoder import Normal
+from vlae.layers import normal_log_prob
+from vlae.schema import construct
+
+
+class Terms(NamedTuple):
+    """What an image costs, in nats: -elbo = rate + distortion (bits-back, VLAE equation 6)."""
+
+    log_px: Float[Tensor, "B H W"]
+    log_pz: Float[Tensor, "B"]
+    log_qz: Float[Tensor, "B"]
+
+    @property
+    def rate(self) -> Float[Tensor, "B"]:
+        """One-sample estimate of KL(q(z | x) || p(z)); may be negative for a single image."""
+        return self.log_qz - self.log_pz
+
+    @property
+    def distortion(self) -> Float[Tensor, "B"]:
+        return -self.log_px.flatten(1).sum(1)
+
+    @property
+    def elbo(self) -> Float[Tensor, "B"]:
+        return -self.rate - self.distortion
+
+
+class VLAE(nn.Module):
+    """Variational Lossy Autoencoder (Chen et al., ICLR 2017): the code keeps what the decoder's window cannot model."""
+
+    def __init__(self, encoder: nn.Module, prior: nn.Module, decoder: nn.Module, likelihood: nn.Module):
+        super().__init__()
+        self.encoder, self.prior, self.decoder, self.likelihood = encoder, prior, decoder, likelihood
+
+    def unit(self, x: Int[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """0..levels-1 to [-1, 1], in the precision of the weights."""
+        return x.to(next(self.decoder.parameters()).dtype) * (2 / (self.likelihood.levels - 1)) - 1
+
+    def encode(self, x: Int[Tensor, "B C H W"]) -> Normal:
+        """q(z | x)."""
+        return self.encoder(self.unit(x))
+
+    def terms(self, x: Int[Tensor, "B C H W"], z: Float[Tensor, "B D"], log_qz: Float[Tensor, "B"]) -> Terms:
+        params = self.decoder(self.unit(x), self.decoder.features(z))
+        eps, log_det = self.prior(z)
+        return Terms(self.likelihood.log_prob(params, x), normal_log_prob(eps) + log_det, log_qz)
+
+    def forward(self, x: Int[Tensor, "B C H W"], eps: Float[Tensor, "B D"]) -> Terms:
+        """One-sample ELBO of each image, for noise `eps` ~ N(0, 1)."""
+        return self.terms(x, *self.encode(x).rsample_with_log_prob(eps))
+
+
+def build(model: dict[str, Any], shape: tuple[int, int, int], levels: int, allow: tuple[str, ...] = ("vlae.",)) -> VLAE:
+    """The model that a `model` section of the configuration describes, for images of `shape` (C, H, W).
+
+    Raises:
+        ValueError: for a setting that no constructor takes, naming its key, the value and what is allowed.
+    """
+    parts = {"code", "encoder", "prior", "decoder", "likelihood"}
+    if set(model) != parts:
+        raise ValueError(f"model: has {sorted(model)}, needs exactly {sorted(parts)}")
+    code = model["code"]
+    if not isinstance(code, int) or isinstance(code, bool) or code < 0:
+        raise ValueError(f"model.code={code!r}: must be an integer, 0 (no code) or more")
+    likelihood = construct(model["likelihood"], "model.likelihood", allow, channels=shape[0], levels=levels)
+    return VLAE(
+        construct(model["encoder"], "model.encoder", allow, shape=shape, code=code),
+        construct(model["prior"], "model.prior", allow, code=code),
+        construct(model["decoder"], "model.decoder", allow, shape=shape, code=code, num_params=likelihood.num_params),
+        likelihood,
+    ).to(memory_format=torch.channels_last)
+
+
+WEIGHTS = [folder / "weights" for folder in (Path(__file__).parent, Path(__file__).parents[2])]  # wheel, checkout
+
+
+def load(path: str | Path, allow: tuple[str, ...] = ("vlae.",)) -> VLAE:
+    """Opens a checkpoint (`.ckpt`), exported weights (`.safetensors`) or shipped weights by name, ready to evaluate.
+
+    Nothing is unpickled but tensors and plain types, and no code runs but that of the packages in `allow`: to open a model
+    with your own parts, pass `allow=("vlae.", "yours.")`. Weights are returned in float32, the averaged ones of a checkpoint.
+
+    Raises:
+        FileNotFoundError: if there is no such file and no shipped weights of that name.
+        ValueError: if the file is not one of ours, or wants a class from outside `allow`.
+    """
+    shipped = {file.stem: file for folder in WEIGHTS for file in folder.glob("*.safetensors")}
+    file = shipped.get(str(path), Path(path))
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; shipped weights: {', '.join(sorted(shipped)) or 'none'}")
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as opened:
+            config = json.loads((opened.metadata() or {}).get("vlae", "null"))
+            state = {name: opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118
+    else:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        config = checkpoint.get("hyper_parameters")
+        state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
+    if not isinstance(config, dict) or not {"model", "shape", "levels"} <= set(config):
+        raise ValueError(f"{file}: holds no description of a VLAE")
+    model = build(config["model"], tuple(config["shape"]), config["levels"], allow)
+    model.load_state_dict(state)
+    return model.eval()

@@ -1,0 +1,191 @@
+"""`LitVLAE`: a VLAE as Lightning trains it, and the running average of its weights."""
+
+import math
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from vlae.data import Batch, generator
+from vlae.model import Terms, build
+from vlae.objective import Objective
+from vlae.schema import check
+
+
+class Averaging(WeightAveraging):
+    """Exponential moving average with decay min(decay, (1 + n) / (10 + n)) after n steps: right from the first validation.
+
+    Validation, checkpoints' `state_dict` and the module after training hold the average.
+    """
+
+    def __init__(self, decay: float):
+        if not 0 <= decay < 1:
+            raise ValueError(f"averaging={decay}: must be at least 0 (none) and below 1")
+
+        def average(averaged: list[Tensor], current: list[Tensor], _: Any) -> None:
+            n = self._latest_update_step
+            torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
+
+        # buffers are copied: a mean of the soft free bits' gamma would mean nothing
+        super().__init__(use_buffers=False, multi_avg_fn=average)
+
+
+class Optimization:
+    """Optimiser and learning-rate schedule: `lr` reached over `warmup_steps`, then constant or down to zero at the end."""
+
+    def __init__(
+        self,
+        *,
+        name: Literal["adamax", "adamw"],
+        lr: float,
+        weight_decay: float,
+        schedule: Literal["constant", "cosine", "linear"],
+        warmup_steps: int,
+    ):
+        for key, value in (("lr", lr), ("weight_decay", weight_decay), ("warmup_steps", warmup_steps)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{key}={value}: must be finite and not negative")
+        self.name, self.lr, self.weight_decay = name, lr, weight_decay
+        self.schedule, self.warmup_steps = schedule, warmup_steps
+
+    def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
+        kind = {"adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW}[self.name]
+        return kind(parameters, lr=self.lr, weight_decay=self.weight_decay)
+
+    def factor(self, step: int, steps: float) -> float:
+        """Share of `lr` at one of `steps` optimiser steps."""
+        done = min(1.0, step / steps)
+        end = {"constant": 1.0, "cosine": 0.5 + 0.5 * math.cos(math.pi * done), "linear": 1 - done}[self.schedule]
+        return min(1.0, (step + 1) / (self.warmup_steps + 1)) * end
+
+
+class LitVLAE(LightningModule):
+    """Trains a VLAE on the batches of `Images`; noise is a function of the seed and the batch, so a run can be repeated.
+
+    Logs `train/loss` and `{train,val,test}/{rate,distortion,nelbo,bits_per_dim}`: nats per image, the last bits per dimension.
+
+    Raises:
+        ValueError: for a setting that does not fit, or if a fresh model of binary images is not at D ln 2 nats.
+        FloatingPointError: as soon as the loss is not finite; no checkpoint is written after that.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: dict[str, Any],
+        shape: tuple[int, int, int],
+        levels: int,
+        seed: int,
+        optimizer: dict[str, Any],
+        objective: dict[str, Any],
+        compile: bool = False,
+        allow: tuple[str, ...] = ("vlae.",),
+    ):
+        super().__init__()
+        check(Optimization, optimizer, "optimizer")
+        check(Objective, objective, "objective")
+        self.model = build(model, shape, levels, allow)
+        self.optimization = Optimization(**optimizer)
+        self.objective = Objective(**objective)
+        # plain types only: a checkpoint must open with weights_only=True
+        self.save_hyperparameters({"model": model, "shape": list(shape), "levels": levels, "seed": seed})
+        self.code, self.seed, self.levels, self.dims = model["code"], seed, levels, math.prod(shape)
+        self.meters = torch.nn.ModuleDict({"rate": MeanMetric("error"), "distortion": MeanMetric("error")})
+        self.fresh = True
+        self.broken: Tensor | None = None
+        if compile:  # in place, so that the names of the weights stay
+            for part in self.model.children():
+                part.compile()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimization.optimizer(self.model.parameters())
+        steps = self.trainer.estimated_stepping_batches if self.optimization.schedule != "constant" else math.inf
+        if steps == math.inf and self.optimization.schedule != "constant":
+            raise ValueError(
+                f"optimizer.schedule={self.optimization.schedule}: needs trainer.max_steps or trainer.max_epochs"
+            )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.optimization.factor(step, steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def figures(self, split: str, rate: Tensor, distortion: Tensor) -> dict[str, Tensor]:
+        """The contract's metrics of a split from mean rate and distortion in nats."""
+        nelbo = rate + distortion
+        values = {"rate": rate, "distortion": distortion, "nelbo": nelbo}
+        values["bits_per_dim"] = nelbo / (self.dims * math.log(2))
+        return {f"{split}/{name}": value for name, value in values.items()}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        # noise of the global batch, of which each rank takes its slice
+        noise = generator("eps", self.seed, batch.number, device=self.device)
+        size = (self.trainer.world_size, len(batch.x), self.code)
+        eps = torch.randn(size, generator=noise, device=self.device)[self.trainer.global_rank]
+        terms: Terms = self.model(batch.x, eps)
+        loss = self.objective(terms, self.trainer.global_step, self.average)
+        self.guard(terms, loss, batch.number)
+        figures = self.figures("train", terms.rate.detach().mean(), terms.distortion.detach().mean())
+        self.log_dict({"train/loss": loss.detach(), **figures}, batch_size=len(batch.x))
+        shown = {name.split("/")[1]: figures[name] for name in ("train/rate", "train/distortion", "train/bits_per_dim")}
+        self.log_dict(shown, prog_bar=True, logger=False, batch_size=len(batch.x))
+        return loss
+
+    def average(self, value: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(value.clone(), reduce_op="mean")  # type: ignore[return-value]
+
+    def guard(self, terms: Terms, loss: Tensor, number: int) -> None:
+        """Checks a fresh model's first loss, and that losses stay finite: at once on CPU, elsewhere every 50 batches."""
+        if number == 0 and self.fresh and self.levels == 2:
+            first, uniform = terms.distortion.mean().item(), self.dims * math.log(2)
+            if not abs(first - uniform) < 0.05 * uniform:
+                raise ValueError(f"a fresh model must start near {uniform:.1f} nats (D ln 2), this one at {first:.1f}")
+        bad = ~torch.isfinite(loss.detach())
+        self.broken = bad if self.broken is None else self.broken | bad
+        if self.device.type == "cpu" or number % 50 == 0:
+            self.stop_if_broken()
+
+    def stop_if_broken(self) -> None:
+        if self.broken is not None and self.broken.item():
+            kept = getattr(self.trainer.checkpoint_callback, "last_model_path", "")
+            raise FloatingPointError(
+                f"the loss is not finite at step {self.trainer.global_step}; last good checkpoint: {kept or 'none yet'}. "
+                "Try a lower optimizer.lr, trainer.gradient_clip_val, or trainer.precision=32-true"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.stop_if_broken()
+
+    def evaluation_start(self, split: str) -> None:
+        # one draw for the whole split: the same figures for any batch size and number of devices
+        size = len(getattr(self.trainer.datamodule.splits, split).images)  # type: ignore[attr-defined]
+        self.eps = torch.randn(size, self.code, generator=generator("eps", self.seed, split))
+
+    def evaluation_step(self, batch: Batch) -> None:
+        terms = self.model(batch.x, self.eps[batch.index.cpu()].to(self.device))
+        self.meters["rate"].update(terms.rate)
+        self.meters["distortion"].update(terms.distortion)
+
+    def evaluation_end(self, split: str) -> None:
+        self.log_dict(self.figures(split, *(meter.compute() for meter in self.meters.values())), rank_zero_only=True)
+        for meter in self.meters.values():
+            meter.reset()
+
+    def on_validation_epoch_start(self) -> None:
+        self.stop_if_broken()
+        self.evaluation_start("validation")
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.evaluation_step(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self.evaluation_end("val")
+
+    def on_test_epoch_start(self) -> None:
+        self.evaluation_start("test")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.evaluation_step(batch)
+
+    def on_test_epoch_end(self) -> None:
+        self.evaluation_end("test")

@@ -1,0 +1,29 @@
+"""One thread, fixed seeds, and every shape in a signature of vlae checked at each call."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import numpy as np
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+install_import_hook(["vlae"], "beartype.beartype")  # before the first import of a module of vlae
+torch.set_num_threads(1)  # tensors here are so small that threads only wait for one another
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    np.random.seed(0)  # noqa: NPY002 (for libraries that still read the global state)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """Where the real data sets are."""
+    root = os.environ.get("VLAE_DATA_DIR")
+    if not root:
+        pytest.skip("VLAE_DATA_DIR is not set, so there are no real data to test on")
+    return Path(root)
