@@ -1,4 +1,4 @@
-"""Trains one model, or with `-m` a sweep: `python train.py experiment=mnist_static model.prior.depth=2`. Needs conf/ beside it."""
+"""Trains one model, or with `-m` a sweep: `python train.py experiment=mnist_static model.prior.depth=2`."""
 
 import hashlib
 import os

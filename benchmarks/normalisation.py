@@ -38,7 +38,9 @@ MODEL = {
 
 
 def weight_normalise(model: VLAE, x: torch.Tensor, eps: torch.Tensor) -> None:
-    """Outputs of every layer start with mean 0 and deviation 1 (0.1 where a branch or the head ends) on the first batch."""
+    """Outputs of every layer start with mean 0 and deviation 1 (0.1 where a branch or the head ends) on the first
+    batch.
+    """
     ends = {block.out for block in model.modules() if isinstance(block, ConvBlock | PixelBlock)} | {model.decoder.head}
 
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d) and not isinstance(m, MaskedLinear)]
@@ -80,7 +82,7 @@ def measure(variant: str, images: Images, steps: int, lr: float) -> dict[str, ob
     if variant == "rms":
         rms_normalise(model)
     if variant == "weight":
-        first = images.train[0].x
+        first = images.train_dataloader()[0].x
         weight_normalise(model, first, torch.randn(len(first), 64))
     optimizer = torch.optim.Adamax(model.parameters(), lr=lr)
     average = torch.optim.swa_utils.AveragedModel(
@@ -90,7 +92,7 @@ def measure(variant: str, images: Images, steps: int, lr: float) -> dict[str, ob
     index = torch.randperm(len(part.images), generator=generator("part"))[:2000]
     begun, curve = time.time(), []
     for step in range(steps):
-        x = images.train[step].x
+        x = images.train_dataloader()[step].x
         with torch.autocast("cpu", torch.bfloat16):
             terms = model(x, torch.randn(len(x), 64, generator=generator("eps", step)))
         loss = terms.distortion.mean() + terms.rate.mean().clamp(min=7.84)

@@ -33,7 +33,8 @@ def show(metrics: dict[str, Any], closing: str) -> None:
 class Pictures(Callback):
     """After each validation a line of figures; samples, and originals over reconstructions, with the averaged weights.
 
-    The same noise each time, so that a picture changes with the weights alone. Must stand before the averaging callback.
+    The same noise each time, so that a picture changes with the weights alone. Must stand before the averaging
+    callback.
     """
 
     def __init__(self, folder: Path, images: Images, number: int = 32):

@@ -34,8 +34,9 @@ def window(receptive_field: str) -> list[tuple[int, int]]:
 class PixelCNN(nn.Module):
     """Features of the code at every pixel, one look at the window, then pixelwise gated blocks.
 
-    The window is exact (no pixel less, none more, no blind spot), and since nothing after the look mixes pixels, `at` gives
-    the parameters of a few pixels at the cost of those pixels. With a code of size 0 the features are learned constants.
+    The window is exact (no pixel less, none more, no blind spot), and since nothing after the look mixes pixels,
+    `at` gives the parameters of a few pixels at the cost of those pixels. With a code of size 0 the features are
+    learned constants.
 
     Raises:
         ValueError: for a bad window or a size below 1.

@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,8 @@ def compare(folder: Path, config: dict[str, Any]) -> None:
     for key in sorted({*old, *new}):
         if old.get(key) != new.get(key):
             raise ValueError(
-                f"{folder} holds a run with {key}={old.get(key)!r}, now {new.get(key)!r}: give another `folder`, or remove it"
+                f"{folder} holds a run with {key}={old.get(key)!r}, now {new.get(key)!r}; "
+                "give another `folder`, or remove it"
             )
 
 
@@ -106,7 +107,7 @@ def run(config: dict[str, Any], folder: Path, command: str) -> dict[str, float]:
     """
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    started, code = datetime.now(timezone.utc), commit()
+    started, code = datetime.now(UTC), commit()
     torch.manual_seed(config["seed"])
 
     settings = dict(config["data"])

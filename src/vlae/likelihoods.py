@@ -64,8 +64,8 @@ class Bernoulli(Likelihood):
 class LogisticMixture(Likelihood):
     """Discretised mixture of logistics (PixelCNN++, Salimans et al. 2017, section 2.1), 2 to 256 levels on [-1, 1].
 
-    A bin is as wide as the step between levels; the lowest and the highest reach to infinity. Parameters: mixture logits,
-    means, log-scales, `components` of each; with all of them zero the means are spread over [-1, 1].
+    A bin is as wide as the step between levels; the lowest and the highest reach to infinity. Parameters: mixture
+    logits, means, log-scales, `components` of each; with all of them zero the means are spread over [-1, 1].
 
     Raises:
         ValueError: for levels outside 2..256, no components, or more than one channel.

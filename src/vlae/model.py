@@ -1,7 +1,8 @@
 """The VLAE: encoder, prior, decoder, likelihood, and one function of the four.
 
-Letters: x integers, u the same in [-1, 1], z code, eps its noise, h decoder features, q posterior. Axes: B batch, C channels,
-H W, D code, F width, P params, V values of a pixel, M components, K importance samples, n pixels of a wave.
+Letters: x integers, u the same in [-1, 1], z code, eps its noise, h decoder features, q posterior. Axes: B batch, C
+channels, H W, D code, F width, P params, V values of a pixel, M components, K importance samples, n pixels of a
+wave.
 """
 
 import json
@@ -91,8 +92,9 @@ WEIGHTS = [folder / "weights" for folder in (Path(__file__).parent, Path(__file_
 def load(path: str | Path, allow: tuple[str, ...] = ("vlae.",)) -> VLAE:
     """Opens a checkpoint (`.ckpt`), exported weights (`.safetensors`) or shipped weights by name, ready to evaluate.
 
-    Nothing is unpickled but tensors and plain types, and no code runs but that of the packages in `allow`: to open a model
-    with your own parts, pass `allow=("vlae.", "yours.")`. Weights are returned in float32, the averaged ones of a checkpoint.
+    Nothing is unpickled but tensors and plain types, and no code runs but that of the packages in `allow`: to open
+    a model with your own parts, pass `allow=("vlae.", "yours.")`. Weights are returned in float32, the averaged
+    ones of a checkpoint.
 
     Raises:
         FileNotFoundError: if there is no such file and no shipped weights of that name.

@@ -13,10 +13,10 @@ from vlae.model import Terms
 class Objective(nn.Module):
     """distortion + weight * rate, in nats per image, batch mean.
 
-    weight: `beta`, reached linearly over `warmup_steps` optimiser steps. `free_bits`: nats per image that the rate may cost for
-    nothing, on the batch-mean total rate since a flow prior has none per dimension; `hard` stops the rate's gradient below,
-    `soft` scales it by a gamma that falls by 10 % a batch below and rises by 10 % more than 5 % above (VLAE appendix C).
-    Bounds are reported without any of it.
+    weight: `beta`, reached linearly over `warmup_steps` optimiser steps. `free_bits`: nats per image that the rate
+    may cost for nothing, on the batch-mean total rate since a flow prior has none per dimension; `hard` stops the
+    rate's gradient below, `soft` scales it by a gamma that falls by 10 % a batch below and rises by 10 % more than
+    5 % above (VLAE appendix C). Bounds are reported without any of it.
     """
 
     gamma: Tensor

@@ -11,8 +11,8 @@ from vlae.layers import MaskedLinear, positive
 class Made(nn.Module):
     """Shift and log-scale of each z_i from z_<i: two masked hidden layers (MADE, Germain et al. 2015).
 
-    Hidden units are sorted by degree: a unit of degree m sees z_1..z_m. Both outputs start at zero. Log-scales stay within
-    (-2, 2), or are zero where `scale` is false.
+    Hidden units are sorted by degree: a unit of degree m sees z_1..z_m. Both outputs start at zero. Log-scales stay
+    within (-2, 2), or are zero where `scale` is false.
     """
 
     def __init__(self, code: int, width: int, scale: bool):
@@ -60,8 +60,8 @@ class Made(nn.Module):
 class AFPrior(nn.Module):
     """Autoregressive-flow prior of a flat code (VLAE section 3.2; equation eps_i = (z_i - mu_i(z_<i)) / sigma_i(z_<i)).
 
-    `depth` steps, each on the code in reverse order of the step before; depth 0 is N(0, 1). `scale: false` gives the paper's
-    mean-only steps, which keep volumes (log_det 0).
+    `depth` steps, each on the code in reverse order of the step before; depth 0 is N(0, 1). `scale: false` gives
+    the paper's mean-only steps, which keep volumes (log_det 0).
     """
 
     def __init__(self, *, code: int, depth: int, width: int, scale: bool):

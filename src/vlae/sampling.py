@@ -1,4 +1,4 @@
-"""Images from noise: pixels that do not see one another are drawn together, so an image costs about one forward pass."""
+"""Images from noise: pixels that do not see one another are drawn together, at the cost of about one forward pass."""
 
 from collections.abc import Callable, Iterator
 
@@ -16,8 +16,8 @@ def waves(
 ) -> Iterator[tuple[Int[Tensor, "n"], Int[Tensor, "n"]]]:
     """Rows and columns of the pixels of each wave: every pixel's window lies in earlier waves.
 
-    Pixels of equal `column + stride * row` with stride one more than the window's reach to the right; a row where nothing to
-    the left is seen, the image where nothing is. 7x4 on 28x28: 136 waves.
+    Pixels of equal `column + stride * row` with stride one more than the window's reach to the right; a row where
+    nothing to the left is seen, the image where nothing is. 7x4 on 28x28: 136 waves.
     """
     i, j = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     right = max((b for _, b in window), default=0)
@@ -26,7 +26,8 @@ def waves(
     else:
         number = i if window else torch.zeros_like(i)
     for wave in range(int(number.max()) + 1):
-        yield torch.where(number == wave)
+        rows, columns = torch.where(number == wave)
+        yield rows, columns
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from vlae.schema import check
 
 
 class Averaging(WeightAveraging):
-    """Exponential moving average with decay min(decay, (1 + n) / (10 + n)) after n steps: right from the first validation.
+    """Exponential average with decay min(decay, (1 + n) / (10 + n)) after n steps: right from the first validation.
 
     Validation, checkpoints' `state_dict` and the module after training hold the average.
     """
@@ -34,7 +34,7 @@ class Averaging(WeightAveraging):
 
 
 class Optimization:
-    """Optimiser and learning-rate schedule: `lr` reached over `warmup_steps`, then constant or down to zero at the end."""
+    """Optimiser and schedule: `lr` reached over `warmup_steps`, then constant or down to zero at the end."""
 
     def __init__(
         self,
@@ -63,9 +63,10 @@ class Optimization:
 
 
 class LitVLAE(LightningModule):
-    """Trains a VLAE on the batches of `Images`; noise is a function of the seed and the batch, so a run can be repeated.
+    """Trains a VLAE on the batches of `Images`, with noise that is a function of the seed and the batch.
 
-    Logs `train/loss` and `{train,val,test}/{rate,distortion,nelbo,bits_per_dim}`: nats per image, the last bits per dimension.
+    Logs `train/loss` and `{train,val,test}/{rate,distortion,nelbo,bits_per_dim}`: nats per image, the last bits per
+    dimension.
 
     Raises:
         ValueError: for a setting that does not fit, or if a fresh model of binary images is not at D ln 2 nats.
@@ -135,7 +136,7 @@ class LitVLAE(LightningModule):
         return self.trainer.strategy.reduce(value.clone(), reduce_op="mean")  # type: ignore[return-value]
 
     def guard(self, terms: Terms, loss: Tensor, number: int) -> None:
-        """Checks a fresh model's first loss, and that losses stay finite: at once on CPU, elsewhere every 50 batches."""
+        """Checks a fresh model's first loss, and that losses are finite: at once on CPU, else every 50 batches."""
         if number == 0 and self.fresh and self.levels == 2:
             first, uniform = terms.distortion.mean().item(), self.dims * math.log(2)
             if not abs(first - uniform) < 0.05 * uniform:
@@ -149,8 +150,8 @@ class LitVLAE(LightningModule):
         if self.broken is not None and self.broken.item():
             kept = getattr(self.trainer.checkpoint_callback, "last_model_path", "")
             raise FloatingPointError(
-                f"the loss is not finite at step {self.trainer.global_step}; last good checkpoint: {kept or 'none yet'}. "
-                "Try a lower optimizer.lr, trainer.gradient_clip_val, or trainer.precision=32-true"
+                f"the loss is not finite at step {self.trainer.global_step}; "
+                f"last good checkpoint: {kept or 'none yet'}. Try a lower optimizer.lr, trainer.gradient_clip_val, or trainer.precision=32-true"
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
