@@ -151,7 +151,8 @@ class LitVLAE(LightningModule):
             kept = getattr(self.trainer.checkpoint_callback, "last_model_path", "")
             raise FloatingPointError(
                 f"the loss is not finite at step {self.trainer.global_step}; "
-                f"last good checkpoint: {kept or 'none yet'}. Try a lower optimizer.lr, trainer.gradient_clip_val, or trainer.precision=32-true"
+                f"last good checkpoint: {kept or 'none yet'}; "
+                "try a lower optimizer.lr, trainer.gradient_clip_val or trainer.precision=32-true"
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

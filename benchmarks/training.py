@@ -1,0 +1,213 @@
+"""Images per second of training, through Lightning as `python train.py` trains and in a bare PyTorch loop.
+
+Both run the same model on the same batches with the same noise, objective, clipping, optimiser, schedule, average of
+the weights and precision. They take turns, so that a change in what else the machine does meets both; each figure is
+the median over the turns, `ratio` that of Lightning over that of the loop. One JSON line a model.
+"""
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.loggers import CSVLogger
+from omegaconf import OmegaConf
+from torch import nn
+
+from vlae.data import Images, TrainingBatches, generator
+from vlae.datasets import Part, Splits, default_root, digits, mnist_static
+from vlae.experiment import commit, hardware
+from vlae.training import Averaging, LitVLAE
+
+STEPS = 10**6  # of the schedule: more than any measurement takes
+
+
+def random_binary(root: Path) -> Splits:
+    part = Part(torch.randint(2, (50_000, 1, 28, 28), generator=generator("random"), dtype=torch.uint8), None)
+    return Splits(part, part, part, levels=2, dynamic=False)
+
+
+def data_for(model: str) -> Callable[[Path], Splits]:
+    if model == "grey":
+        return digits
+    try:
+        mnist_static(default_root())
+    except FileNotFoundError:
+        return random_binary
+    return mnist_static
+
+
+def settings(model: str, overrides: list[str]) -> dict[str, Any]:
+    with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "conf"), version_base="1.3"):
+        config = OmegaConf.to_container(compose("config", [f"model={model}", *overrides]), resolve=True)
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}
+
+
+def images_for(dataset: Callable[[Path], Splits], batch: int, seed: int) -> Images:
+    """The data set, its training images repeated where they would not make ten batches."""
+
+    def repeated(root: Path) -> Splits:
+        splits = dataset(root)
+        copies = -(-10 * batch // len(splits.train.images))
+        return splits._replace(train=Part(splits.train.images.repeat(copies, 1, 1, 1), None))
+
+    return Images(repeated, root=None, batch_size=batch, eval_batch_size=batch, seed=seed)
+
+
+def lit(config: dict[str, Any], images: Images) -> LitVLAE:
+    keys = ("model", "seed", "optimizer", "objective", "compile")
+    return LitVLAE(shape=images.shape, levels=images.levels, **{key: config[key] for key in keys})
+
+
+class Loop:
+    """Training without Lightning."""
+
+    def __init__(self, config: dict[str, Any], images: Images, device: torch.device) -> None:
+        parts = lit(config, images).to(device)
+        self.model, self.objective, self.code, self.device = parts.model, parts.objective, parts.code, device
+        self.seed, self.decay, self.clip = config["seed"], config["averaging"], config["trainer"]["gradient_clip_val"]
+        self.bf16 = config["trainer"]["precision"] == "bf16-mixed"
+        self.batches = TrainingBatches(images.splits.train, images.batch_size, self.seed, world=1, rank=0)
+        self.parameters = list(self.model.parameters())
+        self.averaged = [p.detach().clone() for p in self.parameters]
+        self.optimizer = parts.optimization.optimizer(self.parameters)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: parts.optimization.factor(step, STEPS)
+        )
+        self.number = 0
+
+    def step(self) -> None:
+        x = self.batches[self.number].x.to(self.device, non_blocking=True)
+        noise = generator("eps", self.seed, self.number, device=self.device)
+        eps = torch.randn((len(x), self.code), generator=noise, device=self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            loss = self.objective(self.model(x, eps), self.number)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        self.optimizer.step()
+        self.schedule.step()
+        self.number += 1
+        with torch.no_grad():
+            weight = 1 - min(self.decay, (1 + self.number) / (10 + self.number))
+            torch._foreach_lerp_(self.averaged, self.parameters, weight)
+
+
+class Turns(Callback):
+    """Ends of steps are compared with ends of steps: a turn of Lightning holds all that it does between two, epochs'
+    ends too. In between the loop has its turn. The first turn of each warms up.
+    """
+
+    def __init__(self, loop: Loop, seconds: float, turns: int) -> None:
+        self.loop, self.seconds, self.turns = loop, seconds, turns
+        self.lightning: list[float] = []  # steps per second of each turn
+        self.bare: list[float] = []
+        self.begun, self.number = time.perf_counter(), 0
+
+    def wait(self) -> None:
+        if self.loop.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        if time.perf_counter() - self.begun < self.seconds:
+            return
+        self.wait()
+        self.lightning.append((trainer.global_step - self.number) / (time.perf_counter() - self.begun))
+        self.bare.append(self.turn())
+        trainer.should_stop = len(self.bare) > self.turns
+        self.begun, self.number = time.perf_counter(), trainer.global_step
+
+    def turn(self) -> float:
+        begun, first = time.perf_counter(), self.loop.number
+        while time.perf_counter() - begun < self.seconds:
+            self.loop.step()
+        self.wait()
+        return (self.loop.number - first) / (time.perf_counter() - begun)
+
+
+def filling_batch(config: dict[str, Any], dataset: Callable[[Path], Splits], device: torch.device, batch: int) -> int:
+    """The first of batch, 2 batch, 4 batch ... whose step takes 20 ms: below, a GPU waits for Python."""
+    while True:
+        loop = Loop(config, images_for(dataset, batch, config["seed"]), device)
+        measured = Turns(loop, seconds=1, turns=0)
+        measured.turn()
+        if measured.turn() <= 1 / 0.020:
+            return batch
+        batch *= 2
+
+
+def measure(name: str, arguments: argparse.Namespace) -> dict[str, object]:
+    precision = f"trainer.precision={arguments.precision}"
+    config = settings(name, [precision, f"compile={arguments.compile}", f"trainer.max_steps={STEPS}"])
+    config["trainer"] |= {"max_epochs": -1, "limit_val_batches": 0}
+    dataset = data_for(name)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch = arguments.batch or (128 if device.type == "cpu" else filling_batch(config, dataset, device, 128))
+    torch.manual_seed(config["seed"])
+    images = images_for(dataset, batch, config["seed"])
+    model = lit(config, images)
+    turns = Turns(Loop(config, images, device), arguments.seconds, arguments.turns)
+    with TemporaryDirectory() as folder:
+        saved = ModelCheckpoint(Path(folder) / "checkpoints", monitor="val/nelbo", save_last=True, save_on_train_epoch_end=False)
+        trainer = Trainer(
+            **config["trainer"],
+            logger=CSVLogger(folder, name="logs"),
+            callbacks=[saved, Timer(), Averaging(config["averaging"]), turns],
+            use_distributed_sampler=False,
+            default_root_dir=folder,
+        )
+        with redirect_stdout(sys.stderr):  # the progress bar, which is part of what is measured
+            trainer.fit(model, images)
+    lightning, bare = batch * median(turns.lightning[1:]), batch * median(turns.bare[1:])
+    return {
+        "bench": "training",
+        "model": name,
+        "data": dataset.__name__,
+        "device": hardware(device),
+        "threads": torch.get_num_threads(),
+        "precision": arguments.precision,
+        "compile": arguments.compile,
+        "batch": batch,
+        "parameters": sum(p.numel() for p in turns.loop.parameters),
+        "lightning_images_per_s": round(lightning, 1),
+        "bare_images_per_s": round(bare, 1),
+        "ratio": round(lightning / bare, 4),
+        "commit": commit(),
+    }
+
+
+def main() -> None:
+    models = sorted(file.stem for file in (Path(__file__).resolve().parents[1] / "conf" / "model").glob("*.yaml"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=models, choices=models)
+    parser.add_argument("--batch", type=int, help="default: 128; on a GPU what makes a step last 20 ms")
+    parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed"])
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--seconds", type=float, default=4.0, help="length of a turn")
+    parser.add_argument("--turns", type=int, default=9, help="of each, besides one to warm up")
+    parser.add_argument("--out", help="a file to append the lines to")
+    arguments = parser.parse_args()
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for model in arguments.models:
+        line = json.dumps(measure(model, arguments))
+        print(line, flush=True)
+        if arguments.out:
+            with open(arguments.out, "a") as file:
+                file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,490 @@
+"""The VLAE's terms are bounds of an exact log p(x); models are built, stored and opened with clear refusals."""
+
+import copy
+import json
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from scipy.stats import norm
+from tiny import SHAPE, images, settings, shaken, tiny
+from torch import Tensor
+from torch.autograd.functional import jacobian
+
+from vlae.encoder import Encoder
+from vlae.layers import MaskedLinear
+from vlae.model import VLAE, Terms, build, load
+from vlae.objective import Objective
+
+KINDS = [("Bernoulli", 2), ("LogisticMixture", 17), ("LogisticMixture", 256)]
+over_kinds = pytest.mark.parametrize(("likelihood", "levels"), KINDS)
+
+
+# encoder
+
+
+@pytest.mark.parametrize("size", [(3, 3), (3, 64), (64, 3), (5, 7), (13, 17), (28, 28), (31, 30), (33, 64), (64, 64)])
+@pytest.mark.parametrize("widths", [[], [4], [4, 5, 6, 7]])
+def test_encoder_takes_any_size(size: tuple[int, int], widths: list[int]) -> None:
+    q = shaken(Encoder(shape=(2, *size), code=5, widths=widths, hidden=6))(torch.randn(3, 2, *size).double())
+    assert q.mean.shape == q.log_scale.shape == (3, 5)
+    assert torch.isfinite(q.mean).all()
+
+
+@pytest.mark.parametrize("size", [(3, 3), (3, 64), (5, 7), (13, 17), (31, 30)])
+@over_kinds
+def test_model_takes_any_size(size: tuple[int, int], likelihood: str, levels: int) -> None:
+    model = tiny((1, *size), levels, likelihood=likelihood)
+    terms = model(torch.randint(levels, (2, 1, *size)), torch.randn(2, 2).double())
+    assert terms.log_px.shape == (2, *size)
+    assert terms.rate.shape == terms.distortion.shape == terms.elbo.shape == (2,)
+    assert torch.isfinite(terms.elbo).all()
+
+
+def test_every_pixel_reaches_the_posterior() -> None:
+    encoder = shaken(Encoder(shape=(1, 7, 9), code=3, widths=[4, 6], hidden=10))
+    rows = jacobian(lambda u: torch.cat([*encoder(u)], 1)[0], torch.randn(1, 1, 7, 9).double())
+    assert (rows != 0).all()
+
+
+def test_posterior_density_is_a_normal() -> None:
+    q = tiny().encode(images()[:7])
+    eps = torch.randn(7, 2).double()
+    z, log_qz = q.rsample_with_log_prob(eps)
+    scipy = norm(q.mean.detach().numpy(), q.log_scale.exp().detach().numpy()).logpdf(z.detach().numpy()).sum(1)
+    torch.testing.assert_close(log_qz.detach(), torch.from_numpy(scipy))
+
+
+@over_kinds
+def test_without_a_code_there_is_no_rate_and_no_encoder(likelihood: str, levels: int) -> None:
+    model = tiny(levels=levels, code=0, likelihood=likelihood)
+    assert not [*model.encoder.parameters(), *model.prior.parameters()]
+    x = torch.randint(levels, (4, *SHAPE))
+    terms = model(x, torch.zeros(4, 0).double())
+    assert torch.equal(terms.rate, torch.zeros(4).double())
+    assert torch.equal(terms.elbo, -terms.distortion)
+
+
+# bounds
+
+
+def log_joint(model: VLAE, x: Tensor, z: Tensor) -> Tensor:
+    """log p(x, z) of every image with every code, [images, codes]."""
+    rows = [model.terms(one.expand(len(z), -1, -1, -1), z, z.new_zeros(len(z))) for one in x]
+    return torch.stack([-row.distortion + row.log_pz for row in rows])
+
+
+@torch.no_grad()
+def exact(model: VLAE, x: Tensor, step: float = 0.1, reach: float = 9.0) -> Tensor:
+    """log p(x) by the trapezoid rule over the noise of the code, whose density is known without the flow."""
+    axis = torch.arange(-reach, reach + step / 2, step, dtype=torch.float64)
+    eps = torch.cartesian_prod(*[axis] * model.prior.code).view(-1, model.prior.code)
+    z = model.prior.inverse(eps)
+    weight = torch.from_numpy(norm.logpdf(eps.numpy()).sum(1)) + model.prior.code * math.log(step)
+    likely = log_joint(model, x, z) - log_joint_of_code(model, z)
+    return (likely + weight).logsumexp(1)
+
+
+def log_joint_of_code(model: VLAE, z: Tensor) -> Tensor:
+    eps, log_det = model.prior(z)
+    return torch.from_numpy(norm.logpdf(eps.numpy()).sum(1)) + log_det
+
+
+def test_probabilities_of_all_images_sum_to_one() -> None:
+    assert exact(tiny(code=1), images()).exp().sum().item() == pytest.approx(1, abs=1e-6)
+
+
+def test_without_a_code_the_elbo_is_exact() -> None:
+    for likelihood in ("Bernoulli", "LogisticMixture"):
+        elbo = tiny(code=0, likelihood=likelihood)(images(), torch.zeros(512, 0).double()).elbo
+        assert elbo.exp().sum().item() == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("code", [1, 2])
+def test_bounds_rise_with_samples_and_stay_below_the_truth(code: int) -> None:
+    model, x, count = tiny(code=code), images()[[7, 100, 273, 504]], 64 * 128
+    with torch.no_grad():
+        model.encoder.net[-1].bias[code:] = 0.7  # q wider than the posterior, or the weights have heavy tails
+    truth = exact(model, x)
+    with torch.no_grad():
+        elbos = torch.stack([model(one.expand(count, -1, -1, -1), torch.randn(count, code).double()).elbo for one in x])
+
+    def bound(samples: int) -> Tensor:
+        return (elbos.unflatten(1, (-1, samples)).logsumexp(2) - math.log(samples)).mean(1)
+
+    assert (bound(1) < bound(8)).all()
+    assert (bound(8) < bound(64)).all()
+    assert (bound(64) < truth + 0.01).all()  # its own noise: 128 means of 64
+    assert (bound(1) < truth - 0.01).all()
+    torch.testing.assert_close(bound(count), truth, rtol=0, atol=0.05)
+
+
+def test_rate_is_the_divergence_from_the_prior() -> None:
+    model, x = tiny(code=1), images()[[7]]
+    axis = torch.arange(-12, 12, 0.01, dtype=torch.float64)[:, None]
+    with torch.no_grad():
+        q = model.encode(x)
+        log_qz = torch.from_numpy(norm(q.mean.item(), q.log_scale.exp().item()).logpdf(axis.numpy()))[:, 0]
+        terms = model.terms(x.expand(len(axis), -1, -1, -1), axis, log_qz)
+        divergence = (log_qz.exp() * terms.rate).sum() * 0.01
+        eps = norm.ppf((torch.arange(4000).numpy() + 0.5) / 4000)
+        sampled = model(x.expand(4000, -1, -1, -1), torch.from_numpy(eps)[:, None]).rate.mean()
+    assert divergence > 0
+    torch.testing.assert_close(sampled, divergence, rtol=1e-3, atol=1e-3)
+
+
+def test_autoregressive_prior_is_an_inverse_autoregressive_posterior() -> None:
+    """VLAE section 3.2: the flow moved from the prior into the posterior, without context, gives the same objective."""
+    model, x, eps = tiny(code=3), images()[::37], torch.randn(14, 3).double()
+    q = model.encode(x)
+    base = q.mean + q.log_scale.exp() * eps
+    log_base = torch.from_numpy(norm.logpdf(eps.numpy()).sum(1)) - q.log_scale.sum(1)
+    for k, start in enumerate(base):
+        code = model.prior(start[None])[0]  # the posterior's code: its own flow applied to its base
+        log_qz = log_base[k] - torch.linalg.slogdet(jacobian(lambda v: model.prior(v[None])[0][0], start))[1]
+        log_pz = norm.logpdf(code.detach().numpy()).sum()
+        h = model.decoder.features(model.prior.inverse(code))
+        log_px = model.likelihood.log_prob(model.decoder(model.unit(x[k : k + 1]), h), x[k : k + 1]).sum()
+        torch.testing.assert_close(model(x[k : k + 1], eps[k : k + 1]).elbo[0], log_px + log_pz - log_qz)
+
+
+# model
+
+
+def test_terms_add_up() -> None:
+    log_px, log_pz, log_qz = torch.randn(4, 2, 3), torch.randn(4), torch.randn(4)
+    terms = Terms(log_px, log_pz, log_qz)
+    for b in range(4):
+        distortion = -sum(log_px[b].flatten().tolist())
+        assert terms.distortion[b].item() == pytest.approx(distortion, rel=1e-5)
+        assert terms.rate[b].item() == pytest.approx(log_qz[b].item() - log_pz[b].item(), rel=1e-5)
+        assert terms.elbo[b].item() == pytest.approx(-distortion - (log_qz[b] - log_pz[b]).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+def test_unit_reaches_from_minus_one_to_one(levels: int) -> None:
+    model = tiny(levels=levels, likelihood="LogisticMixture")
+    x = torch.arange(levels).view(levels, 1, 1, 1)
+    expected = torch.linspace(-1, 1, levels, dtype=torch.float64).view_as(x)
+    torch.testing.assert_close(model.unit(x), expected)
+    assert torch.equal(model.unit(x.byte()), model.unit(x))
+
+
+@over_kinds
+def test_bytes_are_integers_too(likelihood: str, levels: int) -> None:
+    model, eps = tiny(levels=levels, likelihood=likelihood), torch.randn(4, 2).double()
+    x = torch.randint(levels, (4, *SHAPE))
+    assert torch.equal(model(x.byte(), eps).elbo, model(x, eps).elbo)
+
+
+@pytest.mark.parametrize("window", ["none", "3x2", "7x4"])
+@pytest.mark.parametrize("depth", [0, 3])
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_fresh_bernoulli_model_is_uniform(window: str, depth: int, code: int) -> None:
+    model = build(settings(code=code, window=window, depth=depth), (1, 5, 7), 2).double()
+    x = torch.randint(2, (6, 1, 5, 7))
+    expected = torch.full((6,), 35 * math.log(2), dtype=torch.float64)
+    torch.testing.assert_close(model(x, torch.randn(6, code).double()).distortion, expected, rtol=1e-14, atol=0)
+
+
+@over_kinds
+@pytest.mark.parametrize("code", [0, 4])
+@pytest.mark.parametrize("window", ["none", "3x2"])
+@pytest.mark.parametrize("scale", [False, True])
+def test_every_parameter_gets_a_gradient(likelihood: str, levels: int, code: int, window: str, scale: bool) -> None:
+    model = tiny((1, 7, 9), levels, code=code, window=window, likelihood=likelihood, scale=scale)
+    x = torch.randint(levels, (16, 1, 7, 9))
+    model(x, torch.randn(16, code).double()).elbo.mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+    for module in model.modules():
+        if isinstance(module, MaskedLinear):
+            assert (module.weight.grad[module.mask == 0] == 0).all()
+
+
+def test_images_of_a_batch_do_not_mix() -> None:
+    model, x, eps = tiny((1, 5, 7)), torch.randint(2, (5, 1, 5, 7)), torch.randn(5, 2).double()
+    alone = torch.cat([model(x[k : k + 1], eps[k : k + 1]).elbo for k in range(5)])
+    torch.testing.assert_close(model(x, eps).elbo, alone, rtol=1e-12, atol=1e-12)
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    model: dict[str, Any] = settings()
+    *sections, key = path.split(".")
+    place = model
+    for section in sections:
+        place = place[section]
+    if value is ...:
+        del place[key]
+    else:
+        place[key] = value
+    return model
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        ("code", -1, "model.code=-1"),
+        ("code", True, "model.code=True"),
+        ("code", 2.0, "model.code=2.0"),
+        ("code", "2", "model.code='2'"),
+        ("prior", ..., "prior"),
+        ("priors", {}, "priors"),
+        ("encoder", "conv", "model.encoder"),
+        ("prior", None, "model.prior"),
+        ("encoder._target_", ..., "model.encoder._target_"),
+        ("encoder._target_", "os.system", "model.encoder._target_='os.system'"),
+        ("encoder._target_", "vlae.encoder.Encode", "model.encoder._target_='vlae.encoder.Encode'"),
+        ("encoder.widths", 4, "model.encoder.widths=4"),
+        ("encoder.widths", [4, "6"], "model.encoder.widths=[4, '6']"),
+        ("encoder.widths", [4, 0], "widths[1]=0"),
+        ("encoder.hidden", 0, "hidden=0"),
+        ("encoder.hiden", 3, "model.encoder.hiden=3"),
+        ("encoder.shape", [1, 3, 3], "model.encoder.shape"),
+        ("prior.depth", -1, "depth"),
+        ("prior.depth", 1.5, "model.prior.depth=1.5"),
+        ("prior.width", 0, "width=0"),
+        ("prior.scale", "no", "model.prior.scale='no'"),
+        ("prior.scale", ..., "model.prior.scale"),
+        ("decoder.receptive_field", "7", "receptive_field=7"),
+        ("decoder.receptive_field", 7, "model.decoder.receptive_field=7"),
+        ("decoder.features", 0, "features=0"),
+        ("decoder.widths", [], "widths"),
+        ("decoder.num_params", 3, "model.decoder.num_params"),
+        ("likelihood.components", 3, "model.likelihood.components=3"),
+        ("likelihood", {"_target_": "vlae.likelihoods.LogisticMixture", "components": 0}, "components=0"),
+        ("likelihood", {"_target_": "vlae.likelihoods.LogisticMixture"}, "model.likelihood.components"),
+    ],
+)
+def test_build_refuses_and_names_the_key(path: str, value: Any, named: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        build(changed(path, value), SHAPE, 2)
+    assert named in str(caught.value)
+    assert "model" in str(caught.value)
+
+
+def test_build_refuses_images_that_the_likelihood_cannot_model() -> None:
+    with pytest.raises(ValueError) as caught:
+        build(settings(), SHAPE, 17)
+    assert "model.likelihood" in str(caught.value)
+    assert "LogisticMixture" in str(caught.value)  # the cure
+
+
+def test_build_leaves_its_settings_alone() -> None:
+    given = settings()
+    before = copy.deepcopy(given)
+    build(given, SHAPE, 2)
+    assert given == before
+
+
+# load
+
+
+def store(model: VLAE, model_settings: dict[str, Any], levels: int, file: Path) -> Path:
+    """A model's float32 weights as a run or an export leaves them, by the ending of the file's name."""
+    description = {"model": model_settings, "shape": list(model.decoder.shape), "levels": levels}
+    state = {name: value.float().contiguous() for name, value in model.state_dict().items()}
+    if file.suffix == ".safetensors":
+        save_file(state, file, {"vlae": json.dumps(description)})
+    else:
+        weights = {f"model.{name}": value for name, value in state.items()} | {"objective.gamma": torch.ones(())}
+        torch.save({"hyper_parameters": description | {"seed": 0}, "state_dict": weights, "epoch": 3}, file)
+    return file
+
+
+ENDINGS = ["ckpt", "safetensors"]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@over_kinds
+def test_a_stored_model_opens_alone(tmp_path: Path, ending: str, likelihood: str, levels: int) -> None:
+    chosen = settings(likelihood=likelihood)
+    model = tiny((1, 5, 7), levels, likelihood=likelihood).float().eval()
+    opened = load(store(model, chosen, levels, tmp_path / f"one.{ending}"))
+    assert not opened.training
+    assert {p.dtype for p in opened.parameters()} == {torch.float32}
+    assert opened.state_dict().keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(opened.state_dict()[name], value), name
+    x, eps = torch.randint(levels, (3, 1, 5, 7)), torch.randn(3, 2)
+    assert torch.equal(opened(x, eps).elbo, model(x, eps).elbo)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_load_refuses_foreign_classes_unless_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    touched = tmp_path / "touched"
+    (tmp_path / "yours_only.py").write_text(
+        f"open({str(touched)!r}, 'w').close()\nfrom vlae.prior import AFPrior\nclass Own(AFPrior):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    chosen = settings()
+    chosen["prior"]["_target_"] = "yours_only.Own"
+    file = store(tiny(), chosen, 2, tmp_path / f"own.{ending}")
+    with pytest.raises(ValueError) as caught:
+        load(file)
+    assert "model.prior._target_='yours_only.Own'" in str(caught.value)
+    assert not touched.exists()  # not even imported
+    assert type(load(file, allow=("vlae.", "yours_only.")).prior).__name__ == "Own"
+
+
+class Trap:
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.file), "w")
+
+
+def test_load_unpickles_no_foreign_object(tmp_path: Path) -> None:
+    description = {"model": settings(), "shape": [1, 3, 3], "levels": 2}
+    touched, file = tmp_path / "touched", tmp_path / "bad.ckpt"
+    torch.save({"hyper_parameters": description, "state_dict": {}, "trap": Trap(touched)}, file)
+    with pytest.raises(ValueError) as caught:
+        load(file)
+    assert str(file) in str(caught.value)
+    assert not touched.exists()
+
+
+def foreign_files(folder: Path) -> list[Path]:
+    named = {name: folder / name for name in ("text.ckpt", "text.safetensors", "list.ckpt", "pickle.ckpt", "bare.ckpt")}
+    named["text.ckpt"].write_text("no checkpoint")
+    named["text.safetensors"].write_text("no weights")
+    torch.save([1, 2], named["list.ckpt"])
+    named["pickle.ckpt"].write_bytes(pickle.dumps({"a": 1}))
+    torch.save({"state_dict": {}}, named["bare.ckpt"])
+    save_file({"a": torch.zeros(1)}, folder / "bare.safetensors")
+    description = {"model": settings(), "shape": [1, 3, 3], "levels": 2}
+    torch.save({"hyper_parameters": description}, folder / "weightless.ckpt")
+    torch.save({"hyper_parameters": description, "state_dict": {"model.a": torch.zeros(1)}}, folder / "other.ckpt")
+    return sorted(folder.iterdir())
+
+
+def test_load_refuses_files_that_are_not_ours(tmp_path: Path) -> None:
+    files = foreign_files(tmp_path)
+    assert len(files) == 8
+    wrong = {}
+    for file in files:
+        try:
+            load(file)
+        except ValueError as error:
+            if str(file) not in str(error):
+                wrong[file.name] = f"a message without the file's name: {error}"
+        except Exception as error:
+            wrong[file.name] = f"{type(error).__name__}: {error}"
+        else:
+            wrong[file.name] = "nothing"
+    assert not wrong
+
+
+def test_a_missing_file_names_the_shipped_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store(tiny(), settings(), 2, tmp_path / "small.safetensors")
+    monkeypatch.setattr("vlae.model.WEIGHTS", [tmp_path, tmp_path / "none"])
+    for missing in ("absent", tmp_path / "absent.ckpt", tmp_path):
+        with pytest.raises(FileNotFoundError) as caught:
+            load(missing)
+        assert str(missing) in str(caught.value)
+        assert str(caught.value).endswith("small")
+    assert isinstance(load("small"), VLAE)
+
+
+# objective
+
+
+def costs(rate: list[float], distortion: list[float]) -> tuple[Tensor, Tensor, Terms]:
+    r = torch.tensor(rate, dtype=torch.float64, requires_grad=True)
+    d = torch.tensor(distortion, dtype=torch.float64, requires_grad=True)
+    return r, d, Terms(-d[:, None, None], -r, torch.zeros_like(r))
+
+
+def objective(**chosen: Any) -> Objective:
+    return Objective(**{"beta": 1.0, "warmup_steps": 0, "free_bits": 0.0, "kind": "hard"} | chosen).double()
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+@pytest.mark.parametrize("rate", [[3.0, 5.0, 1.0], [0.0, 0.0, 0.0], [-1.0, 0.5, -2.0]])
+def test_without_free_bits_the_loss_is_the_bound(kind: str, rate: list[float]) -> None:
+    """A mean rate estimated by one sample may be negative; no floor was asked for."""
+    make = objective(kind=kind)
+    for _ in range(3):
+        r, d, terms = costs(rate, [10.0, 20.0, 33.0])
+        loss = make(terms, 0)
+        assert loss.item() == pytest.approx(-terms.elbo.mean().item(), abs=1e-12)
+        loss.backward()
+        torch.testing.assert_close(r.grad, torch.full((3,), 1 / 3).double())
+        torch.testing.assert_close(d.grad, torch.full((3,), 1 / 3).double())
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.25, 2.0])
+@pytest.mark.parametrize("step", [0, 1, 4, 9, 10, 11, 1000])
+def test_warm_up_is_linear_and_ends_at_beta(beta: float, step: int) -> None:
+    r, d, terms = costs([3.0, 5.0], [10.0, 20.0])
+    loss = objective(beta=beta, warmup_steps=10)(terms, step)
+    weight = beta * (step + 1) / 11 if step < 10 else beta
+    assert loss.item() == pytest.approx(15 + weight * 4)
+    loss.backward()
+    torch.testing.assert_close(r.grad, torch.full((2,), weight / 2).double())
+    torch.testing.assert_close(d.grad, torch.full((2,), 0.5).double())
+
+
+@pytest.mark.parametrize(("rate", "free"), [([3.0, 5.0], True), ([0.0, 9.9], True), ([-1.0, 0.0], True), ([1.0, 9.5], False)])
+def test_hard_free_bits_are_a_floor_on_the_mean(rate: list[float], free: bool) -> None:
+    r, d, terms = costs(rate, [10.0, 20.0])
+    loss = objective(free_bits=5.0, beta=2.0)(terms, 0)
+    assert loss.item() == pytest.approx(15 + 2 * max(5.0, sum(rate) / 2))
+    loss.backward()
+    torch.testing.assert_close(r.grad, torch.full((2,), 0.0 if free else 1.0).double())
+    torch.testing.assert_close(d.grad, torch.full((2,), 0.5).double())
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.5])
+def test_soft_free_bits_follow_the_rule(beta: float) -> None:
+    make, gamma = objective(kind="soft", free_bits=4.0, beta=beta), 1.0
+    #        below           inside 5 %    above
+    rates = [3.0, 3.9, 1.0, 4.0, 4.1, 4.2, 4.3, 8.0, 8.0, 8.0, 8.0, 2.0]
+    for mean in rates:
+        r, d, terms = costs([mean - 1, mean + 1], [10.0, 20.0])
+        gamma = gamma / 1.1 if mean < 4 else min(1.0, gamma * 1.1) if mean > 4.2 else gamma
+        loss = make(terms, 0)
+        assert make.gamma.item() == pytest.approx(gamma)
+        assert loss.item() == pytest.approx(15 + beta * gamma * mean)
+        loss.backward()
+        torch.testing.assert_close(r.grad, torch.full((2,), beta * gamma / 2).double())
+        torch.testing.assert_close(d.grad, torch.full((2,), 0.5).double())
+    assert "gamma" in make.state_dict()  # a resumed run goes on with it
+
+
+def test_soft_free_bits_never_lose_the_rate() -> None:
+    make = objective(kind="soft", free_bits=4.0)
+    for _ in range(500):
+        make(costs([0.0, 0.0], [1.0, 1.0])[2], 0)
+    assert 0 < make.gamma.item() < 1e-3
+    for _ in range(500):
+        make(costs([9.0, 9.0], [1.0, 1.0])[2], 0)
+    assert make.gamma.item() == 1
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_the_floor_is_one_for_all_devices(kind: str) -> None:
+    for elsewhere, free in ((1.0, True), (100.0, False)):
+        r, _, terms = costs([3.0, 5.0], [10.0, 20.0])
+        make = objective(kind=kind, free_bits=6.0)
+        make(terms, 0, lambda rate, other=elsewhere: (rate + other) / 2).backward()
+        expected = (0.0 if kind == "hard" else 0.5 / 1.1) if free else 0.5
+        torch.testing.assert_close(r.grad, torch.full((2,), expected).double())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("warmup_steps", -1), *((key, value) for key in ("beta", "free_bits") for value in (-1.0, math.inf, math.nan))],
+)
+def test_objective_refuses(key: str, value: float) -> None:
+    with pytest.raises(ValueError) as caught:
+        objective(**{key: value})
+    assert f"{key}={value}" in str(caught.value)
