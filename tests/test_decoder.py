@@ -108,7 +108,9 @@ def test_at_needs_the_window_alone(receptive_field: str) -> None:
         torch.testing.assert_close(got[..., 0], model(u, h)[:, :, i, j], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("likelihood", [Bernoulli(channels=1, levels=2), LogisticMixture(channels=1, levels=2, components=2)])
+@pytest.mark.parametrize(
+    "likelihood", [Bernoulli(channels=1, levels=2), LogisticMixture(channels=1, levels=2, components=2)]
+)
 @pytest.mark.parametrize("code", [0, 2])
 @pytest.mark.parametrize("receptive_field", WINDOWS)
 def test_total_probability_of_all_images_is_one(receptive_field: str, code: int, likelihood: Likelihood) -> None:
@@ -128,7 +130,9 @@ def test_a_fresh_decoder_gives_zeros() -> None:
     assert (model(u, model.features(z)) == 0).all()
 
 
-@pytest.mark.parametrize("bad", ["", "7", "7x", "x4", "0x2", "7x0", "-1x2", "7X4", "7x4 ", "7x4\n", "7x4x2", "None", "1.5x2"])
+@pytest.mark.parametrize(
+    "bad", ["", "7", "7x", "x4", "0x2", "7x0", "-1x2", "7X4", "7x4 ", "7x4\n", "7x4x2", "None", "1.5x2"]
+)
 def test_refuses_bad_windows(bad: str) -> None:
     with pytest.raises(ValueError) as caught:
         window(bad)

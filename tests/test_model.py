@@ -79,7 +79,7 @@ def log_joint(model: VLAE, x: Tensor, z: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def exact(model: VLAE, x: Tensor, step: float = 0.1, reach: float = 9.0) -> Tensor:
+def exact(model: VLAE, x: Tensor, step: float = 0.2, reach: float = 9.0) -> Tensor:
     """log p(x) by the trapezoid rule over the noise of the code, whose density is known without the flow."""
     axis = torch.arange(-reach, reach + step / 2, step, dtype=torch.float64)
     eps = torch.cartesian_prod(*[axis] * model.prior.code).view(-1, model.prior.code)
@@ -108,6 +108,7 @@ def test_without_a_code_the_elbo_is_exact() -> None:
 def test_bounds_rise_with_samples_and_stay_below_the_truth(code: int) -> None:
     model, x, count = tiny(code=code), images()[[7, 100, 273, 504]], 64 * 128
     with torch.no_grad():
+        model.encoder.net[-1].weight[code:] = 0
         model.encoder.net[-1].bias[code:] = 0.7  # q wider than the posterior, or the weights have heavy tails
     truth = exact(model, x)
     with torch.no_grad():
@@ -242,7 +243,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("encoder._target_", "vlae.encoder.Encode", "model.encoder._target_='vlae.encoder.Encode'"),
         ("encoder.widths", 4, "model.encoder.widths=4"),
         ("encoder.widths", [4, "6"], "model.encoder.widths=[4, '6']"),
-        ("encoder.widths", [4, 0], "widths[1]=0"),
+        ("encoder.widths", [4, 0], "widths=[4, 0]"),
         ("encoder.hidden", 0, "hidden=0"),
         ("encoder.hiden", 3, "model.encoder.hiden=3"),
         ("encoder.shape", [1, 3, 3], "model.encoder.shape"),
@@ -354,10 +355,11 @@ def test_load_unpickles_no_foreign_object(tmp_path: Path) -> None:
 
 def foreign_files(folder: Path) -> list[Path]:
     named = {name: folder / name for name in ("text.ckpt", "text.safetensors", "list.ckpt", "pickle.ckpt", "bare.ckpt")}
+    (folder / "empty.ckpt").touch()
     named["text.ckpt"].write_text("no checkpoint")
     named["text.safetensors"].write_text("no weights")
     torch.save([1, 2], named["list.ckpt"])
-    named["pickle.ckpt"].write_bytes(pickle.dumps({"a": 1}))
+    named["pickle.ckpt"].write_bytes(pickle.dumps({"a": 1}, protocol=2))
     torch.save({"state_dict": {}}, named["bare.ckpt"])
     save_file({"a": torch.zeros(1)}, folder / "bare.safetensors")
     description = {"model": settings(), "shape": [1, 3, 3], "levels": 2}
@@ -368,7 +370,7 @@ def foreign_files(folder: Path) -> list[Path]:
 
 def test_load_refuses_files_that_are_not_ours(tmp_path: Path) -> None:
     files = foreign_files(tmp_path)
-    assert len(files) == 8
+    assert len(files) == 9
     wrong = {}
     for file in files:
         try:
@@ -433,7 +435,9 @@ def test_warm_up_is_linear_and_ends_at_beta(beta: float, step: int) -> None:
     torch.testing.assert_close(d.grad, torch.full((2,), 0.5).double())
 
 
-@pytest.mark.parametrize(("rate", "free"), [([3.0, 5.0], True), ([0.0, 9.9], True), ([-1.0, 0.0], True), ([1.0, 9.5], False)])
+@pytest.mark.parametrize(
+    ("rate", "free"), [([3.0, 5.0], True), ([0.0, 9.9], True), ([-1.0, 0.0], True), ([1.0, 9.5], False)]
+)
 def test_hard_free_bits_are_a_floor_on_the_mean(rate: list[float], free: bool) -> None:
     r, d, terms = costs(rate, [10.0, 20.0])
     loss = objective(free_bits=5.0, beta=2.0)(terms, 0)

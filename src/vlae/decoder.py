@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vlae.layers import ConvBlock, PixelBlock, Up, positive, pyramid
+from vlae.layers import ConvBlock, PixelBlock, Up, at_least, pyramid
 
 
 def window(receptive_field: str) -> list[tuple[int, int]]:
@@ -56,8 +56,8 @@ class PixelCNN(nn.Module):
         hidden: int,
     ):
         super().__init__()
-        positive(features=features, width=width, hidden=hidden, **{"depth + 1": depth + 1, "len(widths)": len(widths)})
-        positive(**{f"widths[{k}]": size for k, size in enumerate(widths)})
+        at_least(1, features=features, width=width, widths=widths, hidden=hidden)
+        at_least(0, depth=depth)
         self.shape, self.window = shape, window(receptive_field)
         self.left = max((-j for _, j in self.window), default=0)
         self.right = max((j for _, j in self.window), default=0)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vlae.layers import ConvBlock, full, normal_log_prob, positive, pyramid
+from vlae.layers import ConvBlock, at_least, full, normal_log_prob, pyramid
 
 
 class Normal(NamedTuple):
@@ -28,7 +28,7 @@ class Encoder(nn.Module):
 
     def __init__(self, *, shape: tuple[int, int, int], code: int, widths: list[int], hidden: int):
         super().__init__()
-        positive(hidden=hidden, **{f"widths[{k}]": width for k, width in enumerate(widths)})
+        at_least(1, widths=widths, hidden=hidden)
         layers: list[nn.Module] = []
         channels = shape[0]
         for width in widths:

@@ -13,14 +13,12 @@ from torch import Tensor
 def grid(x: Int[Tensor, "N C H W"], levels: int, columns: int) -> UInt8[np.ndarray, "h w *c"]:
     """Images in rows of `columns`, thin grey lines between, enlarged until a small image can be seen."""
     x = (x.cpu().double() * 255 / (levels - 1)).round().to(torch.uint8)
-    x = torch.nn.functional.pad(x, (1, 1, 1, 1), value=96)
-    blank = -len(x) % columns
-    x = torch.cat([x, x.new_full((blank, *x.shape[1:]), 96)])
+    zoom = max(1, 84 // x.shape[2])
+    x = x.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    x = torch.nn.functional.pad(x, (2, 2, 2, 2), value=96)
+    x = torch.cat([x, x.new_full((-len(x) % columns, *x.shape[1:]), 96)])
     c, h, w = x.shape[1:]
-    picture = x.view(-1, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(-1, columns * w, c)
-    zoom = max(1, 84 // h)
-    picture = picture.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
-    return picture.squeeze(-1).numpy()
+    return x.view(-1, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(-1, columns * w, c).squeeze(-1).numpy()
 
 
 def pairs(above: Int[Tensor, "N C H W"], below: Int[Tensor, "N C H W"], columns: int) -> Int[Tensor, "M C H W"]:
@@ -51,17 +49,15 @@ def learning_curves(metrics: dict[str, list[tuple[int, float]]], path: Path) -> 
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.4), layout="constrained")
-    units = {"rate": "rate (nats)", "distortion": "distortion (nats)", "bits_per_dim": "bits/dim, bound"}
-    for axes, (name, label) in zip(figure.subplots(1, len(units)), units.items(), strict=True):
-        for split, style in (("train", {"color": "0.7"}), ("val", {"color": "C0", "marker": "."})):
-            curve = metrics.get(f"{split}/{name}", [])
-            axes.plot([step for step, _ in curve], [value for _, value in curve], label=split, **style)
-        best = [value for _, value in metrics.get(f"val/{name}", [])] or [
-            value for _, value in metrics[f"train/{name}"]
-        ]
-        settled = best[len(best) // 5 :]
-        spread = max(settled) - min(settled)
-        axes.set_ylim(min(settled) - 0.2 * spread - 1e-3, max(settled) + 0.5 * spread + 1e-3)
-        axes.set(xlabel="step", title=label)
+    titles = {"rate": "rate (nats)", "distortion": "distortion (nats)", "bits_per_dim": "bits/dim, bound"}
+    for axes, (name, title) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
+        curves = [metrics.get(f"{split}/{name}", []) for split in ("train", "val")]
+        for curve, label, color in zip(curves, ("training", "validation"), ("0.7", "C0"), strict=True):
+            axes.plot([step for step, _ in curve], [value for _, value in curve], label=label, color=color)
+        # the first fifth falls so far that the rest would be flat
+        settled = [value for curve in curves for _, value in curve[len(curve) // 5 :]]
+        margin = 0.05 * (max(settled) - min(settled)) + 1e-3
+        axes.set_ylim(min(settled) - margin, max(settled) + margin)
+        axes.set(xlabel="step", title=title)
         axes.legend(frameon=False)
     figure.savefig(path, dpi=110)

@@ -28,11 +28,11 @@ def pyramid(height: int, width: int, levels: int) -> list[tuple[int, int]]:
     )
 
 
-def positive(**sizes: int) -> None:
-    """Raises ValueError for the first size below 1."""
+def at_least(low: int, **sizes: int | list[int]) -> None:
+    """Raises ValueError for the first size, or list with a size, below `low`, and for an empty list."""
     for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}={size}: must be at least 1")
+        if size == [] or min(size if isinstance(size, list | tuple) else [size]) < low:
+            raise ValueError(f"{name}={size}: must be at least {low}")
 
 
 class PixelBlock(nn.Module):

@@ -2,10 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
-from vlae.layers import full, positive
+from vlae.layers import at_least, full
 
 
 class Likelihood(nn.Module):
@@ -21,11 +21,11 @@ class Likelihood(nn.Module):
         super().__init__()
         self.channels, self.levels = channels, levels
 
-    def log_prob(self, params: Float[Tensor, "B P *n"], x: Int[Tensor, "B C *n"]) -> Float[Tensor, "B *n"]:
+    def log_prob(self, params: Float[Tensor, "B P *n"], x: Integer[Tensor, "B C *n"]) -> Float[Tensor, "B *n"]:
         """log p(x) in nats, summed over the channels of a pixel."""
         raise NotImplementedError
 
-    def pmf(self, params: Float[Tensor, "B P *n"], x: Int[Tensor, "B c *n"]) -> Float[Tensor, "B V *n"]:
+    def pmf(self, params: Float[Tensor, "B P *n"], x: Integer[Tensor, "B c *n"]) -> Float[Tensor, "B V *n"]:
         """Probabilities of the values of channel c, given channels 0..c-1 in `x`."""
         raise NotImplementedError
 
@@ -52,11 +52,11 @@ class Bernoulli(Likelihood):
         if (channels, levels) != (1, 2):
             raise ValueError(f"Bernoulli needs 1 channel of 2 levels, got {channels} of {levels}; use LogisticMixture")
 
-    def log_prob(self, params: Float[Tensor, "B P *n"], x: Int[Tensor, "B C *n"]) -> Float[Tensor, "B *n"]:
+    def log_prob(self, params: Float[Tensor, "B P *n"], x: Integer[Tensor, "B C *n"]) -> Float[Tensor, "B *n"]:
         logit, x = full(params[:, 0]), x[:, 0]
         return F.logsigmoid(torch.where(x > 0, logit, -logit))
 
-    def pmf(self, params: Float[Tensor, "B P *n"], x: Int[Tensor, "B c *n"]) -> Float[Tensor, "B V *n"]:
+    def pmf(self, params: Float[Tensor, "B P *n"], x: Integer[Tensor, "B c *n"]) -> Float[Tensor, "B V *n"]:
         logit = full(params[:, :1])
         return torch.cat([-logit, logit], 1).sigmoid()
 
@@ -75,7 +75,7 @@ class LogisticMixture(Likelihood):
 
     def __init__(self, *, channels: int, levels: int, components: int):
         super().__init__(channels, levels)
-        positive(components=components)
+        at_least(1, components=components)
         if not 2 <= levels <= 256:
             raise ValueError(f"LogisticMixture needs 2 to 256 levels, got {levels}")
         if channels != 1:
@@ -85,7 +85,7 @@ class LogisticMixture(Likelihood):
         means = torch.linspace(-1, 1, components) if components > 1 else torch.zeros(1)
         self.register_buffer("spread", means, persistent=False)
 
-    def components(self, params: Float[Tensor, "B P *n"], x: Int[Tensor, "..."]) -> Float[Tensor, "B M *n"]:
+    def components(self, params: Float[Tensor, "B P *n"], x: Integer[Tensor, "..."]) -> Float[Tensor, "B M ..."]:
         """log(weight x mass) of every component at the integers `x`, which broadcast against [B, M, *n]."""
         logits, means, log_scales = full(params).chunk(3, 1)
         log_scales = log_scales.clamp(-7, 7)
@@ -103,9 +103,9 @@ class LogisticMixture(Likelihood):
         )
         return logits.log_softmax(1) + log_mass
 
-    def log_prob(self, params: Float[Tensor, "B P *n"], x: Int[Tensor, "B C *n"]) -> Float[Tensor, "B *n"]:
+    def log_prob(self, params: Float[Tensor, "B P *n"], x: Integer[Tensor, "B C *n"]) -> Float[Tensor, "B *n"]:
         return self.components(params, x).logsumexp(1)
 
-    def pmf(self, params: Float[Tensor, "B P *n"], x: Int[Tensor, "B c *n"]) -> Float[Tensor, "B V *n"]:
+    def pmf(self, params: Float[Tensor, "B P *n"], x: Integer[Tensor, "B c *n"]) -> Float[Tensor, "B V *n"]:
         values = torch.arange(self.levels, device=params.device).view(-1, *[1] * (params.ndim - 2))
         return self.components(params[:, :, None], values).logsumexp(1).exp()

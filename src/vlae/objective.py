@@ -15,8 +15,8 @@ class Objective(nn.Module):
 
     weight: `beta`, reached linearly over `warmup_steps` optimiser steps. `free_bits`: nats per image that the rate
     may cost for nothing, on the batch-mean total rate since a flow prior has none per dimension; `hard` stops the
-    rate's gradient below, `soft` scales it by a gamma that falls by 10 % a batch below and rises by 10 % more than
-    5 % above (VLAE appendix C). Bounds are reported without any of it.
+    rate's gradient below, `soft` scales it by a gamma <= 1 that is divided by 1.1 each batch below and
+    multiplied by 1.1 more than 5 % above (VLAE appendix C). Bounds are reported without any of it.
     """
 
     gamma: Tensor
@@ -36,9 +36,10 @@ class Objective(nn.Module):
         rate = terms.rate.mean()
         total = mean(rate.detach())
         weight = self.beta * min(1.0, (step + 1) / (self.warmup_steps + 1))
-        if self.kind == "hard":
-            rate = torch.where(total > self.free_bits, rate, rate.detach().clamp(min=self.free_bits))
-        else:
+        # a floor of zero is none: one-sample rates may be negative
+        if self.free_bits and self.kind == "hard":
+            rate = torch.where(total > self.free_bits, rate, self.free_bits)
+        elif self.free_bits:
             grow = (total > 1.05 * self.free_bits).float() - (total < self.free_bits).float()
             self.gamma.mul_(1.1**grow).clamp_(1e-6, 1)
             rate = self.gamma * rate

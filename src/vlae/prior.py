@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vlae.layers import MaskedLinear, positive
+from vlae.layers import MaskedLinear, at_least
 
 
 class Made(nn.Module):
@@ -66,7 +66,8 @@ class AFPrior(nn.Module):
 
     def __init__(self, *, code: int, depth: int, width: int, scale: bool):
         super().__init__()
-        positive(width=width, **{"depth + 1": depth + 1})
+        at_least(1, width=width)
+        at_least(0, depth=depth)
         self.code = code
         self.steps = nn.ModuleList(Made(code, width, scale) for _ in range(depth if code else 0))
 

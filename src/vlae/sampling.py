@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from vlae.model import VLAE
@@ -31,7 +31,7 @@ def waves(
 
 
 @torch.no_grad()
-def scan(model: VLAE, h: Float[Tensor, "B F H W"], choose: Choose, batch: int) -> Int[Tensor, "B C H W"]:
+def scan(model: VLAE, h: Float[Tensor, "b F H W"], choose: Choose, batch: int) -> Int[Tensor, "B C H W"]:
     """Fills images wave by wave: `choose(params [B P n], i, j)` gives the values [B C n] of the pixels (i, j)."""
     channels, (height, width) = model.likelihood.channels, h.shape[2:]
     x = torch.zeros(batch, channels, height, width, dtype=torch.long, device=h.device)
@@ -56,7 +56,7 @@ def sample(model: VLAE, eps: Float[Tensor, "B D"], uniform: Float[Tensor, "B C H
 
 
 def reconstruct(
-    model: VLAE, x: Int[Tensor, "B C H W"], eps: Float[Tensor, "B D"], uniform: Float[Tensor, "B C H W"]
+    model: VLAE, x: Integer[Tensor, "B C H W"], eps: Float[Tensor, "B D"], uniform: Float[Tensor, "B C H W"]
 ) -> Int[Tensor, "B C H W"]:
     """A code of x at `eps`, fresh pixels: shows what the code kept of x."""
     with torch.no_grad():

@@ -8,7 +8,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 
-def construct(config: Mapping[str, Any], where: str, allow: Iterable[str] = ("vlae.",), **sizes: Any) -> Any:
+def construct(config: Any, where: str, allow: Iterable[str] = ("vlae.",), **sizes: Any) -> Any:
     """What `_target_` makes of the other settings and of `sizes`, which the program supplies and no user may set.
 
     `where` is the place of `config` in the whole (`model.prior`); nothing outside the packages of `allow` is imported.
@@ -16,6 +16,8 @@ def construct(config: Mapping[str, Any], where: str, allow: Iterable[str] = ("vl
     Raises:
         ValueError: a foreign or unknown target, an unknown or missing key, a wrong type, a value the target refuses.
     """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{where}={config!r}: must be a section with a _target_")
     target = config.get("_target_")
     packages = tuple(package.rstrip(".") + "." for package in allow)
     if not isinstance(target, str) or not target.startswith(packages):
