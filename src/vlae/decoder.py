@@ -58,6 +58,7 @@ class PixelCNN(nn.Module):
         super().__init__()
         at_least(1, features=features, width=width, widths=widths, hidden=hidden)
         at_least(0, depth=depth)
+        at_least(1, **{"len(widths)": len(widths)})
         self.shape, self.window = shape, window(receptive_field)
         self.left = max((-j for _, j in self.window), default=0)
         self.right = max((j for _, j in self.window), default=0)

@@ -29,9 +29,9 @@ def pyramid(height: int, width: int, levels: int) -> list[tuple[int, int]]:
 
 
 def at_least(low: int, **sizes: int | list[int]) -> None:
-    """Raises ValueError for the first size, or list with a size, below `low`, and for an empty list."""
+    """Raises ValueError for the first size, or list with a size, below `low`."""
     for name, size in sizes.items():
-        if size == [] or min(size if isinstance(size, list | tuple) else [size]) < low:
+        if any(value < low for value in (size if isinstance(size, list) else [size])):
             raise ValueError(f"{name}={size}: must be at least {low}")
 
 
