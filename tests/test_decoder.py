@@ -148,7 +148,7 @@ def test_refuses_bad_windows(bad: str) -> None:
         ({"hidden": -1}, "hidden=-1"),
         ({"depth": -1}, "depth"),
         ({"widths": []}, "widths"),
-        ({"widths": [4, 0]}, "widths[1]=0"),
+        ({"widths": [4, 0]}, "widths=[4, 0]"),
     ],
 )
 def test_refuses_bad_sizes(changed: dict[str, Any], key: str) -> None:
