@@ -160,7 +160,9 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, object]:
     model = lit(config, images)
     turns = Turns(Loop(config, images, device), arguments.seconds, arguments.turns)
     with TemporaryDirectory() as folder:
-        saved = ModelCheckpoint(Path(folder) / "checkpoints", monitor="val/nelbo", save_last=True, save_on_train_epoch_end=False)
+        saved = ModelCheckpoint(
+            Path(folder) / "checkpoints", monitor="val/nelbo", save_last=True, save_on_train_epoch_end=False
+        )
         trainer = Trainer(
             **config["trainer"],
             logger=CSVLogger(folder, name="logs"),

@@ -1,0 +1,82 @@
+"""What README, records, weights and notebooks say is true: the code runs, the figures are those of the records."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import vlae
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+RECORDS = sorted(path for path in (ROOT / "results").glob("*.json"))
+FIELDS = {
+    "name",
+    "command",
+    "commit",
+    "date",
+    "hardware",
+    "data",
+    "split",
+    "binarisation",
+    "seed",
+    "parameters",
+    "steps",
+    "images_seen",
+    "wall_s",
+    "metrics",
+}
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S))
+def test_readme_code_runs(code: str, tmp_path: Path) -> None:
+    (tmp_path / "conf").symlink_to(ROOT / "conf")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_record_is_whole(path: Path) -> None:
+    record = json.loads(path.read_text())
+    assert set(record) == FIELDS
+    assert record["name"] == path.stem
+    assert re.fullmatch(r"[0-9a-f]{40}", record["commit"]), "measured from files that no commit holds"
+    assert (ROOT / "conf" / "data" / f"{record['data']}.yaml").exists()
+    assert f"record={path.stem}" in record["command"] or f"export {path.stem}" in record["command"]
+    for name in ("rate", "distortion", "nelbo", "bits_per_dim"):
+        assert isinstance(record["metrics"][f"{record['split']}/{name}"], float)
+
+
+def test_readme_tables_agree_with_records() -> None:
+    # | what | [name](results/name.json) | nelbo | rate | distortion | ...
+    rows = re.findall(r"^\|[^|]*\| \[(\w+)\]\(results/\1\.json\) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", README, re.M)
+    assert rows
+    for name, *shown in rows:
+        metrics = json.loads((ROOT / "results" / f"{name}.json").read_text())["metrics"]
+        assert shown == [f"{metrics[f'test/{figure}']:.2f}" for figure in ("nelbo", "rate", "distortion")]
+
+
+def test_shipped_weights_are_small_and_open() -> None:
+    path = ROOT / "weights" / "mnist_static.safetensors"
+    assert path.stat().st_size <= 8 * 2**20
+    with safe_open(path, "pt") as opened:
+        assert {opened.get_tensor(name).dtype for name in opened.keys()} == {torch.float16}  # noqa: SIM118
+    model = vlae.load("mnist_static")
+    x = vlae.sample(model, torch.randn(64, 64), torch.rand(64, 1, 28, 28))
+    with torch.no_grad():
+        nelbo = -model(x, torch.randn(64, 64)).elbo.mean()
+    # its own samples cost it what test images do, give or take; other images of as much ink cost far more
+    shuffled = x.flatten(1)[:, torch.randperm(784)].view_as(x)
+    assert 60 < nelbo < 100 < -model(shuffled, torch.randn(64, 64)).elbo.mean()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebook_runs(path: Path, tmp_path: Path) -> None:
+    nbmake = [sys.executable, "-m", "pytest", "--nbmake", "-q", "-p", "no:cacheprovider", "-c", "/dev/null", str(path)]
+    done = subprocess.run(nbmake, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
