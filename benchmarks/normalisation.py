@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--lr", type=float, nargs="+", default=[0.002])
     parser.add_argument("--variants", nargs="+", default=["none", "weight", "layer"])
-    parser.add_argument("--out")
+    parser.add_argument("--out", type=Path, help="a file to append the lines to")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     images = Images("vlae.datasets.mnist_static", root=None, batch_size=64, eval_batch_size=500, seed=0)
@@ -130,7 +130,8 @@ def main() -> None:
             line = json.dumps(measure(variant, images, arguments.steps, lr))
             print(line, flush=True)
             if arguments.out:
-                with open(arguments.out, "a") as file:
+                arguments.out.parent.mkdir(parents=True, exist_ok=True)
+                with arguments.out.open("a") as file:
                     file.write(line + "\n")
 
 

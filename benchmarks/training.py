@@ -26,26 +26,29 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from vlae.data import Images, TrainingBatches, generator
-from vlae.datasets import Part, Splits, default_root, digits, mnist_static
+from vlae.datasets import Part, Splits, default_root, digits, mnist_grey, mnist_static
 from vlae.experiment import commit, hardware
 from vlae.training import Averaging, LitVLAE
 
 STEPS = 10**6  # of the schedule: more than any measurement takes
 
 
-def random_binary(root: Path) -> Splits:
-    part = Part(torch.randint(2, (50_000, 1, 28, 28), generator=generator("random"), dtype=torch.uint8), None)
-    return Splits(part, part, part, levels=2, dynamic=False)
+DATA = {"small": digits, "binary": mnist_static, "grey": mnist_grey}
 
 
 def data_for(model: str) -> Callable[[Path], Splits]:
-    if model == "grey":
-        return digits
+    """The data set that a model config is for, or noise of its shape where the files are missing."""
     try:
-        mnist_static(default_root())
+        DATA[model](default_root())
     except FileNotFoundError:
-        return random_binary
-    return mnist_static
+        levels = {"binary": 2, "grey": 256}[model]
+        pixels = torch.randint(levels, (50_000, 1, 28, 28), generator=generator("random"), dtype=torch.uint8)
+
+        def noise(root: Path) -> Splits:
+            return Splits(Part(pixels), Part(pixels), Part(pixels), levels)
+
+        return noise
+    return DATA[model]
 
 
 def settings(model: str, overrides: list[str]) -> dict[str, Any]:
@@ -199,7 +202,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--seconds", type=float, default=4.0, help="length of a turn")
     parser.add_argument("--turns", type=int, default=9, help="of each, besides one to warm up")
-    parser.add_argument("--out", help="a file to append the lines to")
+    parser.add_argument("--out", type=Path, help="a file to append the lines to")
     arguments = parser.parse_args()
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -207,7 +210,8 @@ def main() -> None:
         line = json.dumps(measure(model, arguments))
         print(line, flush=True)
         if arguments.out:
-            with open(arguments.out, "a") as file:
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            with arguments.out.open("a") as file:
                 file.write(line + "\n")
 
 
