@@ -46,7 +46,7 @@ def main(cfg: DictConfig) -> float:
     try:
         metrics = run({str(key): value for key, value in config.items()}, folder, command.strip())
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())}")  # one line, no traceback
     return metrics["val/nelbo"] if "val/nelbo" in metrics else metrics["test/nelbo"]
 
 

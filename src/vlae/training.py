@@ -4,13 +4,13 @@ import math
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 from torchmetrics import MeanMetric
 
 from vlae.data import Batch, generator
-from vlae.model import Terms, build
+from vlae.model import VLAE, Terms, build
 from vlae.objective import Objective
 from vlae.schema import check
 
@@ -94,20 +94,37 @@ class LitVLAE(LightningModule):
         # plain types only: a checkpoint must open with weights_only=True
         self.save_hyperparameters({"model": model, "shape": list(shape), "levels": levels, "seed": seed})
         self.code, self.seed, self.levels, self.dims = model["code"], seed, levels, math.prod(shape)
-        self.meters = torch.nn.ModuleDict({"rate": MeanMetric("error"), "distortion": MeanMetric("error")})
+        self.meters = torch.nn.ModuleDict({"rate": MeanMetric("disable"), "distortion": MeanMetric("disable")})
         self.fresh = True
         self.broken: Tensor | None = None
         if compile:  # in place, so that the names of the weights stay
             for part in self.model.children():
                 part.compile()
 
-    def configure_optimizers(self) -> Any:
-        optimizer = self.optimization.optimizer(self.model.parameters())
-        steps = self.trainer.estimated_stepping_batches if self.optimization.schedule != "constant" else math.inf
-        if steps == math.inf and self.optimization.schedule != "constant":
+    def start_from(self, other: VLAE) -> None:
+        """Take the weights of a trained model.
+
+        Raises:
+            ValueError: if it has other weights, naming the first that differs.
+        """
+        mine, theirs = ({k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (self.model, other))
+        for name in sorted({*mine, *theirs}):
+            if mine.get(name) != theirs.get(name):
+                raise ValueError(f"init_from: {name} is {theirs.get(name)} there and {mine.get(name)} in this model")
+        self.model.load_state_dict(other.state_dict())
+        self.fresh = False
+
+    def refuse_endless(self, trainer: Trainer) -> None:
+        """ValueError for a schedule that falls towards an end, where there is none."""
+        if self.optimization.schedule != "constant" and trainer.max_epochs == trainer.max_steps == -1:
             raise ValueError(
                 f"optimizer.schedule={self.optimization.schedule}: needs trainer.max_steps or trainer.max_epochs"
             )
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimization.optimizer(self.model.parameters())
+        self.refuse_endless(self.trainer)
+        steps = float(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.optimization.factor(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -141,22 +158,32 @@ class LitVLAE(LightningModule):
             first, uniform = terms.distortion.mean().item(), self.dims * math.log(2)
             if not abs(first - uniform) < 0.05 * uniform:
                 raise ValueError(f"a fresh model must start near {uniform:.1f} nats (D ln 2), this one at {first:.1f}")
-        bad = ~torch.isfinite(loss.detach())
-        self.broken = bad if self.broken is None else self.broken | bad
+        self.watch(loss)
         if self.device.type == "cpu" or number % 50 == 0:
             self.stop_if_broken()
 
+    def watch(self, value: Tensor) -> None:
+        """Remembers, without waiting for the device, whether a value was not finite."""
+        bad = ~torch.isfinite(value.detach()).all()
+        self.broken = bad if self.broken is None else self.broken | bad
+
     def stop_if_broken(self) -> None:
         if self.broken is not None and self.broken.item():
-            kept = getattr(self.trainer.checkpoint_callback, "last_model_path", "")
+            files = (getattr(callback, "best_model_path", "") for callback in self.trainer.checkpoint_callbacks)
+            kept = [file for file in files if file]
             raise FloatingPointError(
                 f"the loss is not finite at step {self.trainer.global_step}; "
-                f"last good checkpoint: {kept or 'none yet'}; "
+                f"last good checkpoint: {kept[-1] if kept else 'none yet'}; "
                 "try a lower optimizer.lr, trainer.gradient_clip_val or trainer.precision=32-true"
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for parameter in self.parameters():
+            self.watch(parameter)
         self.stop_if_broken()
+        # of the latest validation, which is that of the averaged weights in a best checkpoint
+        scores = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
+        checkpoint["metrics"] = {name: value for name, value in scores.items() if name.startswith("val/")}
 
     def evaluation_start(self, split: str) -> None:
         # one draw for the whole split: the same figures for any batch size and number of devices
@@ -165,10 +192,12 @@ class LitVLAE(LightningModule):
 
     def evaluation_step(self, batch: Batch) -> None:
         terms = self.model(batch.x, self.eps[batch.index.cpu()].to(self.device))
+        self.watch(terms.elbo)
         self.meters["rate"].update(terms.rate)
         self.meters["distortion"].update(terms.distortion)
 
     def evaluation_end(self, split: str) -> None:
+        self.stop_if_broken()
         self.log_dict(self.figures(split, *(meter.compute() for meter in self.meters.values())), rank_zero_only=True)
         for meter in self.meters.values():
             meter.reset()

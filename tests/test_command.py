@@ -1,0 +1,268 @@
+"""`python train.py`: every recipe trains, a folder is named by what was asked for, a mistake is one line."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from runpy import run_path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from small import CPU, DIGITS, ROOT, TINY, command, config, write_files
+
+from vlae import build
+from vlae.datasets import Splits
+from vlae.experiment import RESUMABLE, run
+
+TRAIN = SimpleNamespace(**run_path(str(ROOT / "train.py")))
+YAML = {group: sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml")) for group in ("data", "experiment")}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return write_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+SIZES = {"digits": (8, 17), "mnist": (28, 2), "mnist_static": (28, 2), "mnist_grey": (28, 256)}
+
+
+@pytest.mark.parametrize("data", YAML["data"])
+@pytest.mark.parametrize("model", sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml")))
+def test_every_data_set_and_model_compose_and_build(data: str, model: str) -> None:
+    size, levels = SIZES[data]
+    if (model, levels == 2) in (("binary", True), ("grey", False)):
+        composed = config(f"data={data}", f"model={model}")
+        built = build(composed["model"], (1, size, size), levels)
+        assert built.likelihood.levels == levels
+    elif model == "binary":
+        with pytest.raises(ValueError, match=r"Bernoulli needs 1 channel of 2 levels.*LogisticMixture"):
+            build(config(f"data={data}", f"model={model}")["model"], (1, size, size), levels)
+
+
+@pytest.mark.parametrize("data", YAML["data"])
+def test_every_data_set_trains(data: str, files: list[str], here: Path) -> None:
+    """Through its own reader, from small files in its own format."""
+    model = "binary" if SIZES[data][1] == 2 else "grey"
+    few = ["trainer.max_steps=2", "data.batch_size=64", *([] if data == "digits" else files)]
+    command(f"data={data}", f"model={model}", *few, *CPU, *TINY, "folder=run")
+    metrics = json.loads(Path("run/metrics.json").read_text())
+    assert metrics["steps"] == 2
+    record = json.loads(Path("run/config.json").read_text())
+    assert record["data"]["_target_"] == f"vlae.datasets.{data}"
+
+
+@pytest.mark.parametrize("experiment", YAML["experiment"])
+def test_every_experiment_takes_two_steps(experiment: str, files: list[str], here: Path) -> None:
+    """At full size."""
+    composed = config(f"experiment={experiment}")
+    mine = [] if composed["data"]["_target_"].endswith("digits") else files
+    few = ["trainer.max_steps=2", "trainer.limit_test_batches=1", *CPU]
+    limits = [f"+{text}" if "limit" in text else text for text in few]
+    metrics = run(config(f"experiment={experiment}", *mine, *limits), here / "run", "python train.py")
+    assert metrics["steps"] == 2
+    assert metrics["images_seen"] == 2 * composed["data"]["batch_size"]
+    assert 0 < metrics["test/nelbo"] < float("inf")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ([], "default"),
+        (["data=digits"], "default"),
+        (["optimizer.lr=0.1", "model.code=4"], "model.code=4,optimizer.lr=0.1"),
+        (["model.code=4", "optimizer.lr=0.1"], "model.code=4,optimizer.lr=0.1"),
+        (["+trainer.limit_val_batches=3"], "trainer.limit_val_batches=3"),
+        (["init_from=a/b.ckpt"], "init_from=a%b.ckpt"),
+        (["experiment=digits", "trainer.max_epochs=3", "trainer.max_steps=9"], "experiment=digits"),
+        (["trainer.devices=2", "wandb.mode=disabled", "record=a", "trainer.enable_progress_bar=false"], "default"),
+    ],
+)
+def test_a_folder_is_named_by_what_was_asked_for(overrides: list[str], name: str) -> None:
+    assert TRAIN.run_folder(overrides, "digits") == Path("runs") / "digits" / name
+
+
+def test_long_names_are_cut_but_differ() -> None:
+    widths = [f"model.encoder.widths=[{','.join(['8'] * n)}]" for n in (80, 81)]
+    one, two = (TRAIN.run_folder([text], "digits") for text in widths)
+    assert one != two
+    assert one == TRAIN.run_folder(widths[:1], "digits")
+    assert one.parent == two.parent == Path("runs/digits")
+    assert max(len(one.name), len(two.name)) <= 120
+
+
+def test_what_is_not_in_the_name_may_change_on_resume() -> None:
+    """A setting that neither the name nor the comparison knows would let one run go on as another."""
+    assert {key.split(".")[0] for key in TRAIN.UNNAMED} <= {*RESUMABLE, "folder", "hydra"}
+
+
+def test_the_command_makes_the_folder(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command(*DIGITS, "trainer.max_steps=2")
+    name = next(Path("runs/digits").iterdir()).name
+    assert name == TRAIN.run_folder(DIGITS, "digits").name
+    assert {path.name for path in here.iterdir()} == {"runs"}  # no hydra folder, no log, no lightning_logs
+    assert str(Path("runs/digits") / name) in capsys.readouterr().out.replace("\n", "")
+    again = json.loads(next(Path("runs/digits").glob("*/config.json")).read_text())
+    assert again == config(*DIGITS, "trainer.max_steps=2")
+
+
+def own(root: Path, verify: bool = True) -> Splits:
+    raise AssertionError("foreign code was called")
+
+
+REFUSED = {  # what the line must say besides
+    "+model.decoder.widht=3": "model.decoder.widht=3: unknown key.*did you mean width.*allowed: .*features",
+    "+model.colour=3": "model.*colour",
+    "model.decoder.width=abc": "model.decoder.width='abc': expected int",
+    "model.decoder.width=2.5": "model.decoder.width=2.5: expected int",
+    "model.decoder.receptive_field=7y4": "model.decoder.*7y4.*AxB",
+    "model.decoder.receptive_field=0x3": "model.decoder.*0x3.*AxB",
+    "model.decoder.receptive_field=-1x2": "model.decoder.*-1x2.*AxB",
+    "model.decoder.receptive_field=": "model.decoder.*receptive_field=.*AxB",
+    "model.decoder.width=0": "model.decoder.*width.*0.*at least 1",
+    "model.prior.depth=-1": "model.prior.*depth.*at least",
+    "model.code=-1": "model.code=-1",
+    "model.code=x": "model.code='x'",
+    "model.encoder.widths=[8,0]": r"model.encoder.*widths.*0.*at least 1",
+    "model.encoder._target_=os.system": "model.encoder._target_='os.system': not allowed.*vlae",
+    "data._target_=test_command.own": "data._target_='test_command.own': not allowed.*vlae",
+    "data._target_=vlae.datasets.mnits": "data._target_.*mnits",
+    "data.batch_size=5000": "data.batch_size: 5000 .*at most 1297",
+    "data.batch_size=0": "data.batch_size: 0",
+    "data.batch_size=x": "data.batch_size='x': expected int",
+    "+data.colour=3": "data.colour=3: unknown key.*batch_size",
+    "data=mnist": "no train-images-idx3-ubyte.*data.root",
+    "wandb.mode=loud": "wandb.mode='loud': expected 'offline' or 'online' or 'disabled'",
+    "wandb.project=3": "wandb.project=3: expected str",
+    "+wandb.colour=3": "wandb.colour=3: unknown key",
+    "trainer.precision=7": "trainer.precision=7: expected .*bf16-mixed",
+    "+trainer.max_epoch=3": "trainer.max_epoch=3: unknown key, did you mean max_epochs",
+    "trainer.max_epochs=many": "trainer.max_epochs='many': expected int or None",
+    "trainer.max_epochs=-3": "trainer: .*max_epochs",
+    "+trainer.logger=false": "trainer.logger=False: unknown key",
+    "trainer.accelerator=abacus": "trainer: .*abacus",
+    "trainer.strategy=abacus": "trainer: .*abacus",
+    "optimizer.name=sgd": "optimizer.name='sgd': expected 'adamax' or 'adamw'",
+    "optimizer.lr=-1.0": "lr=-1.0",
+    "objective.kind=firm": "objective.kind='firm': expected 'hard' or 'soft'",
+    "objective.free_bits=-1.0": "free_bits=-1.0",
+    "seed=abc": "seed='abc': expected int",
+    "averaging=2.0": "averaging=2.0: must be at least 0",
+    "averaging=x": "averaging='x': expected float",
+    "patience=-1": "patience=-1: must be null .* or at least 1",
+    "patience=x": "patience='x': expected int or None",
+    "compile=3": "compile=3: expected bool",
+    "allow=vlae": "allow='vlae': expected list",
+    "record=3": "record=3: expected str or None",
+    "init_from=nowhere.ckpt": "nowhere.ckpt: no such file",
+    "+colour=3": "colour=3: unknown key",
+}
+TOGETHER = {
+    "trainer.max_epochs=-1 optimizer.schedule=cosine": "optimizer.schedule=cosine: needs trainer.max_steps or",
+    "data.batch_size=700 trainer.devices=2 trainer.strategy=ddp_fork": "data.batch_size: 700.*2 dev.*at most 648",
+}
+
+
+@pytest.mark.parametrize(("overrides", "message"), (REFUSED | TOGETHER).items())
+def test_what_cannot_be_is_refused_in_one_line(
+    overrides: str, message: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLAE_DATA_DIR", str(here / "no"))
+    with pytest.raises(SystemExit) as stopped:
+        command("trainer.enable_progress_bar=false", *overrides.split())
+    text = str(stopped.value.code)  # python prints it and exits with 1
+    assert re.search(message, text), text
+    assert "\n" not in text
+    assert text.startswith(("ValueError: ", "FileNotFoundError: "))
+    assert not list(here.iterdir())
+
+
+def process(*overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, str(ROOT / "train.py"), *overrides]
+    return subprocess.run(line, env=os.environ | environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def test_a_refusal_from_outside(here: Path) -> None:
+    done = process("model.decoder.receptive_field=7y4")
+    assert done.returncode == 1
+    assert "7y4" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(here.iterdir())
+
+
+BARE = """
+import sys
+from importlib.metadata import Distribution, PackageNotFoundError
+
+GONE = {"wandb", "matplotlib", "pooch", "constriction"}
+from_name = Distribution.from_name
+
+class Gone:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in GONE:
+            raise ModuleNotFoundError(f"no {name} here", name=name)
+
+def look(name):
+    if name in GONE:
+        raise PackageNotFoundError(name)
+    return from_name(name)
+
+sys.meta_path.insert(0, Gone())
+Distribution.from_name = look
+"""
+
+
+def test_bare_machines_and_signals(here: Path) -> None:
+    """Without the optional packages a run trains; terminated, it says so, and goes on where it was."""
+    (here / "sitecustomize.py").write_text(BARE)
+    path = os.pathsep.join(filter(None, [str(here), os.environ.get("PYTHONPATH")]))
+    ours = [*DIGITS, "folder=run", "trainer.max_epochs=100000", "optimizer.schedule=constant"]
+    line = [sys.executable, str(ROOT / "train.py"), *ours]
+    going = subprocess.Popen(line, env=os.environ | {"PYTHONPATH": path}, stderr=subprocess.PIPE, text=True)
+    last = here / "run" / "checkpoints" / "last.ckpt"
+    while not last.exists() and going.poll() is None:
+        time.sleep(0.1)
+    going.send_signal(signal.SIGTERM)
+    _, errors = going.communicate()
+    assert going.returncode == 143, errors
+    assert not (here / "run" / "metrics.json").exists()
+    steps = torch.load(last, weights_only=True)["global_step"]
+    assert steps > 0
+
+    done = process(*ours, f"trainer.max_steps={steps + 3}", PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((here / "run" / "metrics.json").read_text())["steps"] == steps + 3
+    assert "no matplotlib here" in done.stdout
+    assert not (here / "run" / "learning_curves.png").exists()
+
+
+def test_a_missing_dashboard_is_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    with pytest.raises(SystemExit, match=r"wandb is not installed; install it or set wandb.mode=disabled"):
+        command(*DIGITS, "wandb.mode=offline")
+    assert not list(here.iterdir())
+
+
+def test_offline_runs_need_no_network_and_ask_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    nowhere = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9", "HOME": str(here / "home")}
+    done = process(*DIGITS, "folder=run", "trainer.max_steps=2", "wandb.mode=offline", **nowhere)
+    assert done.returncode == 0, done.stderr
+    runs = list((here / "run" / "wandb").glob("offline-run-*"))
+    assert len(runs) == 1
+    assert list(runs[0].glob("*.wandb"))
+    assert {path.name for path in here.iterdir()} <= {"run", "home"}
