@@ -21,9 +21,9 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from vlae.data import Images, generator
-from vlae.experiment import commit, hardware
 from vlae.layers import ConvBlock, MaskedLinear, PixelBlock
 from vlae.model import VLAE, build
+from vlae.records import commit, hardware
 
 MODEL = yaml.safe_load((Path(__file__).parents[1] / "conf" / "model" / "binary.yaml").read_text())
 

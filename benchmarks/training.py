@@ -27,7 +27,7 @@ from torch import nn
 
 from vlae.data import Images, TrainingBatches, generator
 from vlae.datasets import Part, Splits, default_root, digits, mnist_grey, mnist_static
-from vlae.experiment import commit, hardware
+from vlae.records import commit, hardware
 from vlae.training import Averaging, LitVLAE
 
 STEPS = 10**6  # of the schedule: more than any measurement takes

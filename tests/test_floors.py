@@ -10,11 +10,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
-    ["schema", "layers", "datasets"],
+    ["schema", "layers", "datasets", "records"],
     ["likelihoods", "encoder", "prior", "decoder", "data"],
     ["model"],
-    ["objective", "sampling", "evaluation"],
-    ["compression", "figures"],
+    ["objective", "sampling"],
+    ["figures"],
     ["training"],
     ["dashboard"],
     ["experiment"],

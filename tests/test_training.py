@@ -57,6 +57,7 @@ def trainer(folder: Path, *callbacks: Callback, **settings: Any) -> Trainer:
     off = dict.fromkeys(["logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"], False)
     off["enable_checkpointing"] = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     rest = {"accelerator": "cpu", "use_distributed_sampler": False, "num_sanity_val_steps": 0, "max_epochs": 2}
+    rest |= {"log_every_n_steps": 1}
     return Trainer(**off | rest | {"default_root_dir": folder} | settings, callbacks=list(callbacks))
 
 

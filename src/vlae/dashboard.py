@@ -46,7 +46,7 @@ class Pictures(Callback):
             return
         model, device = module.model, module.device
         part = self.images.part(split)
-        x = next(iter(EvaluationBatches(part, self.number, self.images.seed, 1, 0))).x.to(device).long()[: self.number]
+        x = next(iter(EvaluationBatches(part, self.number, self.images.seed, 1, 0))).x.to(device)[: self.number]
         noise = generator("pictures", self.images.seed)
         eps = torch.randn(2, len(x), module.code, generator=noise).to(device)  # type: ignore[arg-type]
         uniform = torch.rand(2, *x.shape, generator=noise).to(device)

@@ -3,8 +3,6 @@
 import json
 import logging
 import os
-import platform
-import subprocess
 import sys
 import time
 import warnings
@@ -23,7 +21,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from vlae.dashboard import Pictures, show
 from vlae.data import Images, independent_pixels
 from vlae.figures import learning_curves, read_metrics
-from vlae.model import load
+from vlae.model import load, save
+from vlae.records import commit, hardware, write
 from vlae.schema import check
 from vlae.training import Averaging, LitVLAE
 
@@ -49,35 +48,16 @@ class Settings:
     patience: int | None
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
-    """A JSON file that is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(part, path)
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as `model.prior.depth: 4`."""
+    pairs: dict[str, Any] = {}
+    for key, value in config.items():
+        pairs |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return pairs
 
 
-def hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{(names or [platform.processor() or platform.machine()])[0]}, {torch.get_num_threads()} threads"
-
-
-def commit() -> str:
-    """The commit of the code that runs, `-dirty` if files differ from it, `unknown` outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    answer = subprocess.run(git, capture_output=True, text=True, check=False)
-    return answer.stdout.strip() or "unknown"
-
-
-def compare(folder: Path, config: dict[str, Any]) -> None:
-    """Refuses a folder that holds a run of other settings.
-
-    Raises:
-        ValueError: naming the first setting that differs.
-    """
+def refuse_other(folder: Path, config: dict[str, Any]) -> None:
+    """ValueError naming the first setting in which the run that `folder` holds differs from `config`."""
     path = folder / "config.json"
     if not path.exists():
         return
@@ -90,14 +70,6 @@ def compare(folder: Path, config: dict[str, Any]) -> None:
                 f"{folder} holds a run with {key}={old.get(key)!r}, now {new.get(key)!r}; "
                 "give another `folder`, or remove it"
             )
-
-
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as `model.prior.depth: 4`."""
-    pairs: dict[str, Any] = {}
-    for key, value in config.items():
-        pairs |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return pairs
 
 
 def wandb_logger(*, mode: Literal["offline", "online", "disabled"], project: str, folder: Path) -> list[Logger]:
@@ -113,33 +85,19 @@ def wandb_logger(*, mode: Literal["offline", "online", "disabled"], project: str
     return [WandbLogger(project=project, name=folder.name, save_dir=folder, offline=mode == "offline")]
 
 
-def run(config: dict[str, Any], folder: Path, command: str) -> dict[str, float]:
-    """Trains what `config` (as composed from conf/) describes, or goes on where `folder` left off; returns the metrics.
-
-    Leaves in `folder`: config.json, checkpoints/, logs/, pictures, learning_curves.png and, last, metrics.json.
-
-    Raises:
-        ValueError: for a setting that does not fit, before anything is written.
-        FileNotFoundError: for missing data, likewise.
-    """
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # a resume, train_on_validation, lightning 2.6 on torch 2.13: all of them meant
-    for meant in ("Checkpoint directory .* exists", "Total length of `list`", ".*LeafSpec.* is deprecated"):
-        warnings.filterwarnings("ignore", meant)
-    started, code = datetime.now(UTC), commit()
-    check(Settings, config, "config")
+def prepare(config: dict[str, Any]) -> tuple[Settings, Images, LitVLAE]:
+    """The settings, the data and a fresh model; ValueError or FileNotFoundError for what does not fit or is missing."""
+    check(Settings, config, "")
     asked = Settings(**config)
     if asked.patience is not None and asked.patience < 1:
         raise ValueError(f"patience={asked.patience}: must be null (never stop early) or at least 1")
     allow = ("vlae.", *asked.allow)
-    torch.manual_seed(asked.seed)
-
     function, settings = asked.data.get("_target_"), {k: v for k, v in asked.data.items() if k != "_target_"}
     if not isinstance(function, str) or not function.startswith(tuple(f"{name.rstrip('.')}." for name in allow)):
         raise ValueError(f"data._target_={function!r}: not allowed; it must start with {' or '.join(allow)}")
     check(Images, settings, "data", supplied=("dataset", "seed"))
     images = Images(function, seed=asked.seed, **settings)
+    torch.manual_seed(asked.seed)
     model = LitVLAE(
         model=asked.model,
         shape=images.shape,
@@ -150,36 +108,76 @@ def run(config: dict[str, Any], folder: Path, command: str) -> dict[str, float]:
         compile=asked.compile,
         allow=allow,
     )
-    compare(folder, config)
-    finished = folder / "metrics.json"
-    if finished.exists() and json.loads((folder / "config.json").read_text()) == config:
-        metrics = json.loads(finished.read_text())
-        show(metrics, f"{folder} is finished already; remove it to train again")
-        return metrics
-    newest = folder / "checkpoints" / "last.ckpt"
-    if asked.init_from and not newest.exists():
-        model.start_from(load(asked.init_from, allow))
+    return asked, images, model
 
+
+def trainer_for(asked: Settings, images: Images, folder: Path, loggers: list[Logger], timer: Timer) -> Trainer:
+    """Lightning's Trainer with our callbacks; of the checkpoints, best.ckpt is the best on validation."""
     scored = not images.train_on_validation
-    timer = Timer()
     callbacks: list[Callback] = [Pictures(folder, images), timer]
     if asked.patience and scored:
         callbacks.append(EarlyStopping("val/nelbo", patience=asked.patience))
     if asked.averaging:
-        callbacks.append(Averaging(asked.averaging))  # last: it takes the average out again where others look at it
+        callbacks.append(Averaging(asked.averaging))  # after those that look at the average: it takes it out again
     # `save_last` of the best would only save when that improves
-    last = ModelCheckpoint(newest.parent, filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
-    best = ModelCheckpoint(newest.parent, filename="best", monitor="val/nelbo", enable_version_counter=False)
+    place = folder / "checkpoints"
+    best = ModelCheckpoint(place, filename="best", monitor="val/nelbo", enable_version_counter=False)
+    last = ModelCheckpoint(place, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
     callbacks += [best, last] if scored else [last]  # in this order, so that the last knows the best
-    check(wandb_logger, asked.wandb, "wandb", supplied=("folder",))
-    dashboards = wandb_logger(**asked.wandb, folder=folder)
-    ours: dict[str, Any] = {"logger": [CSVLogger(folder, name="logs"), *dashboards], "callbacks": callbacks}
+    ours: dict[str, Any] = {"logger": [CSVLogger(folder, name="logs"), *loggers], "callbacks": callbacks}
     ours |= {"use_distributed_sampler": False, "default_root_dir": folder}
     check(Trainer, asked.trainer, "trainer", supplied=ours)
     try:
-        trainer = Trainer(**asked.trainer, **ours)
+        return Trainer(**asked.trainer, **ours)
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise ValueError(f"trainer: {error}") from error
+
+
+def describe(asked: Settings, images: Images, model: LitVLAE) -> dict[str, Any]:
+    """The part of a record that says what was evaluated, where."""
+    return {
+        "hardware": hardware(model.device),
+        "data": asked.data["_target_"].rsplit(".", 1)[1],
+        "split": "test",
+        "binarisation": "dynamic" if images.splits.dynamic else "static" if images.levels == 2 else "none",
+        "seed": asked.seed,
+        "parameters": sum(p.numel() for p in model.model.parameters()),
+    }
+
+
+def quiet() -> None:
+    """Keeps off the terminal what Lightning says of things that are meant."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # a resume, train_on_validation, lightning 2.6 on torch 2.13, evaluation of exported weights
+    for meant in ("Checkpoint directory .* exists", "Total length of `list`", ".*LeafSpec.* is deprecated"):
+        warnings.filterwarnings("ignore", meant)
+
+
+def run(config: dict[str, Any], folder: Path, command: str) -> dict[str, float]:
+    """Trains what `config` (as composed from conf/) describes, or goes on where `folder` left off; returns the metrics.
+
+    Leaves in `folder`: config.json, checkpoints/, logs/, pictures, learning_curves.png and, last, metrics.json.
+
+    Raises:
+        ValueError: for a setting that does not fit, before anything is written.
+        FileNotFoundError: for missing data, likewise.
+        FloatingPointError: if the loss is not finite.
+    """
+    quiet()
+    started, code = datetime.now(UTC).isoformat(timespec="seconds"), commit()
+    asked, images, model = prepare(config)
+    refuse_other(folder, config)
+    finished, newest = folder / "metrics.json", folder / "checkpoints" / "last.ckpt"
+    if finished.exists() and json.loads((folder / "config.json").read_text()) == config:
+        metrics = json.loads(finished.read_text())
+        show(metrics, f"{folder} is finished already; remove it to train again")
+        return metrics
+    if asked.init_from and not newest.exists():
+        model.start_from(load(asked.init_from, ("vlae.", *asked.allow)))
+    check(wandb_logger, asked.wandb, "wandb", supplied=("folder",))
+    loggers, timer = wandb_logger(**asked.wandb, folder=folder), Timer()
+    trainer = trainer_for(asked, images, folder, loggers, timer)
     model.refuse_endless(trainer)
     images.trainer = trainer  # it knows the number of devices
     images.setup()
@@ -187,11 +185,13 @@ def run(config: dict[str, Any], folder: Path, command: str) -> dict[str, float]:
     rank_zero_only(write)(folder / "config.json", config)
     rank_zero_only(finished.unlink)(missing_ok=True)
     try:
-        for logger in dashboards:
+        for logger in loggers:
             logger.log_hyperparams(flat(config))
         trainer.fit(model, images, ckpt_path=newest if newest.exists() else None, weights_only=True)
         # not `test(ckpt_path=...)`: that would load the weights without the average
-        weights = torch.load(best.best_model_path or newest, map_location="cpu", weights_only=True)
+        # the first of the two that has saved anything
+        kept = [file for c in trainer.checkpoint_callbacks if (file := getattr(c, "best_model_path", ""))]
+        weights = torch.load(kept[0], map_location="cpu", weights_only=True)
         model.load_state_dict(weights["state_dict"])
         begun = time.time()
         metrics = {**weights["metrics"], **trainer.test(model, images, verbose=False)[0]}
@@ -199,27 +199,16 @@ def run(config: dict[str, Any], folder: Path, command: str) -> dict[str, float]:
     except SIGTERMException:
         sys.exit(143)  # its own exit code would be 0
     finally:
-        if dashboards:  # or the next run of a sweep would go on in this one's dashboard
+        if loggers:  # or the next run of a sweep would go on in this one's dashboard
             sys.modules["wandb"].finish()
     metrics["independent_pixels/bits_per_dim"] = independent_pixels(images.splits)
     if trainer.is_global_zero:
-        images_seen = trainer.global_step * images.batch_size * trainer.world_size * trainer.accumulate_grad_batches
-        about = {
-            "command": command,
-            "commit": code,
-            "date": started.isoformat(timespec="seconds"),
-            "hardware": hardware(model.device),
-            "data": function.rsplit(".", 1)[1],
-            "split": "test",
-            "binarisation": "dynamic" if images.splits.dynamic else "static" if images.levels == 2 else "none",
-            "seed": asked.seed,
-            "parameters": sum(p.numel() for p in model.model.parameters()),
-            "steps": trainer.global_step,
-            "images_seen": images_seen,
-            "wall_s": round(wall, 1),
-        }
+        seen = trainer.global_step * images.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+        cost = {"steps": trainer.global_step, "images_seen": seen, "wall_s": round(wall, 1)}
+        about = describe(asked, images, model)
         if asked.record:
-            write(Path("results") / f"{asked.record}.json", {"name": asked.record, **about, "metrics": metrics})
+            head = {"name": asked.record, "command": command, "commit": code, "date": started}
+            write(Path("results") / f"{asked.record}.json", {**head, **about, **cost, "metrics": metrics})
         left = "metrics.json, samples.png, reconstructions.png, checkpoints/"
         curves = read_metrics(folder / "logs")
         try:
@@ -228,7 +217,61 @@ def run(config: dict[str, Any], folder: Path, command: str) -> dict[str, float]:
                 left += ", learning_curves.png"
         except ImportError as error:
             left += f"; no learning curves: {error}"
-        metrics = metrics | {name: about[name] for name in ("parameters", "steps", "images_seen", "wall_s")}
+        metrics |= {"parameters": about["parameters"], **cost}
         write(finished, metrics)
         show(metrics, f"{folder}: {left}")
     return metrics
+
+
+def export(folder: Path, name: str, command: str) -> None:
+    """Stores a finished run's weights in half precision as weights/<name>.safetensors with a card, weights/<name>.md,
+    and results/<name>_weights.json: test figures of the stored weights, evaluated in float32.
+
+    Raises:
+        FileNotFoundError: if `folder` holds no finished run.
+    """
+    quiet()
+    if not (folder / "metrics.json").exists():
+        raise FileNotFoundError(f"{folder}: no finished run (it has no metrics.json)")
+    begun, code, path = time.time(), commit(), Path("weights") / f"{name}.safetensors"
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    best = folder / "checkpoints" / "best.ckpt"
+    config, trained = (json.loads((folder / f"{file}.json").read_text()) for file in ("config", "metrics"))
+    asked, images, model = prepare(config)
+    allow = ("vlae.", *asked.allow)
+    save(load(best if best.exists() else best.with_name("last.ckpt"), allow), path)
+    model.model.load_state_dict(load(path, allow).state_dict())
+    trainer = Trainer(logger=False, use_distributed_sampler=False, enable_checkpointing=False)
+    metrics = dict(trainer.test(model, images, verbose=False)[0])
+    metrics["independent_pixels/bits_per_dim"] = independent_pixels(images.splits)
+    record = {
+        "name": f"{name}_weights",
+        "command": command,
+        "commit": code,
+        "date": started,
+        **describe(asked, images, model),
+        **{key: trained[key] for key in ("steps", "images_seen")},
+        "wall_s": round(time.time() - begun, 1),
+        "metrics": metrics,
+    }
+    write(Path("results") / f"{name}_weights.json", record)
+    figures = "\n".join(f"| {key} | {value:.4f} |" for key, value in metrics.items())
+    card = f"""# {name}
+
+{record["parameters"]:,} weights in half precision, {path.stat().st_size / 2**20:.2f} MiB: `vlae.load("{name}")`.
+Trained on {record["data"]} (binarisation: {record["binarisation"]}), seed {record["seed"]}:
+{trained["images_seen"]:,} images seen.
+
+Figures of the stored weights in float32 on the test split: one-sample bounds in nats per image, or bits/dim.
+Measured by `{command}` at commit {code}, {record["hardware"]}.
+
+| figure | value |
+| --- | --- |
+{figures}
+
+```json
+{json.dumps(config["model"], indent=2)}
+```
+"""
+    path.with_suffix(".md").write_text(card)
+    show(metrics, f"{path}, {path.with_suffix('.md')} and results/{name}_weights.json")

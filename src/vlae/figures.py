@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Integer, UInt8
 from PIL import Image
 from torch import Tensor
 
 
-def grid(x: Int[Tensor, "N C H W"], levels: int, columns: int) -> UInt8[np.ndarray, "h w *c"]:
+def grid(x: Integer[Tensor, "N C H W"], levels: int, columns: int) -> UInt8[np.ndarray, "h w *c"]:
     """Images in rows of `columns`, thin grey lines between, enlarged until a small image can be seen."""
     x = (x.cpu().double() * 255 / (levels - 1)).round().to(torch.uint8)
     zoom = max(1, 84 // x.shape[2])
@@ -21,7 +21,9 @@ def grid(x: Int[Tensor, "N C H W"], levels: int, columns: int) -> UInt8[np.ndarr
     return x.view(-1, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(-1, columns * w, c).squeeze(-1).numpy()
 
 
-def pairs(above: Int[Tensor, "N C H W"], below: Int[Tensor, "N C H W"], columns: int) -> Int[Tensor, "M C H W"]:
+def pairs(
+    above: Integer[Tensor, "N C H W"], below: Integer[Tensor, "N C H W"], columns: int
+) -> Integer[Tensor, "M C H W"]:
     """Images in the order in which `grid` puts each row of `above` over its row of `below`."""
     rows = [part for both in zip(above.split(columns), below.split(columns), strict=True) for part in both]
     return torch.cat(rows)

@@ -42,22 +42,23 @@ def check(function: Callable[..., Any], settings: Mapping[str, Any], where: str,
     """Refuse settings that `function` cannot take; the arguments named in `supplied` are the program's own.
 
     Raises:
-        ValueError: names `where.key`, the value found, and the keys or the type allowed.
+        ValueError: names `where.key`, or the key alone, the value found, and the keys or the type allowed.
     """
     parameters = signature(function, eval_str=True).parameters
     named = {name: p for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     for name in supplied:
         if not named.pop(name, None):
             raise ValueError(f"{where}: {function.__qualname__} has no argument {name!r}, which it is always given")
+    prefix = f"{where}." if where else ""
     for key, value in settings.items():
         if key not in named:
-            guess = "".join(f", did you mean {near}?" for near in get_close_matches(str(key), named, n=1)) or ";"
-            raise ValueError(f"{where}.{key}={value!r}: unknown key{guess} allowed: {', '.join(named) or 'none'}")
+            guess = "".join(f", did you mean {near}?" for near in get_close_matches(key, named, n=1)) or ";"
+            raise ValueError(f"{prefix}{key}={value!r}: unknown key{guess} allowed: {', '.join(named) or 'none'}")
         if not fits(value, named[key].annotation):
-            raise ValueError(f"{where}.{key}={value!r}: expected {describe(named[key].annotation)}")
+            raise ValueError(f"{prefix}{key}={value!r}: expected {describe(named[key].annotation)}")
     for key, parameter in named.items():
         if parameter.default is Parameter.empty and key not in settings:
-            raise ValueError(f"{where}.{key}: missing; expected {describe(parameter.annotation)}")
+            raise ValueError(f"{prefix}{key}: missing; expected {describe(parameter.annotation)}")
 
 
 def fits(value: object, kind: Any) -> bool:

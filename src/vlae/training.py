@@ -32,6 +32,12 @@ class Averaging(WeightAveraging):
         # buffers are copied: a mean of the soft free bits' gamma would mean nothing
         super().__init__(use_buffers=False, multi_avg_fn=average)
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self._average_model is not None:
+            # looked at in every step, which would wait for the device
+            self._average_model.n_averaged = self._average_model.n_averaged.cpu()
+
 
 class Optimization:
     """Optimiser and schedule: `lr` reached over `warmup_steps`, then constant or down to zero at the end."""
@@ -143,10 +149,14 @@ class LitVLAE(LightningModule):
         terms: Terms = self.model(batch.x, eps)
         loss = self.objective(terms, self.trainer.global_step, self.average)
         self.guard(terms, loss, batch.number)
-        figures = self.figures("train", terms.rate.detach().mean(), terms.distortion.detach().mean())
-        self.log_dict({"train/loss": loss.detach(), **figures}, batch_size=len(batch.x))
-        shown = {name.split("/")[1]: figures[name] for name in ("train/rate", "train/distortion", "train/bits_per_dim")}
-        self.log_dict(shown, prog_bar=True, logger=False, batch_size=len(batch.x))
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (self.trainer.global_step + 1) % every == 0:  # a log call costs as much as a small layer
+            # on the CPU: Lightning reads what the bar shows at every step, which would wait for the device
+            values = torch.stack([loss, terms.rate.mean(), terms.distortion.mean()]).detach().cpu()
+            figures = self.figures("train", values[1], values[2])
+            self.log_dict({"train/loss": values[0], **figures}, batch_size=len(batch.x))
+            shown = {name: figures[f"train/{name}"] for name in ("rate", "distortion", "bits_per_dim")}
+            self.log_dict(shown, prog_bar=True, logger=False, batch_size=len(batch.x))
         return loss
 
     def average(self, value: Tensor) -> Tensor:
