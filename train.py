@@ -8,6 +8,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch starts: shared cores are many times faster with it
@@ -20,7 +21,6 @@ UNNAMED = (
     "wandb.",
     "record",
     "folder",
-    "hydra.",
 )
 
 
@@ -44,8 +44,15 @@ def main(cfg: DictConfig) -> float:
     folder = Path(config.pop("folder") or run_folder(list(HydraConfig.get().overrides.task), choices["data"]))
     command = "python train.py " + " ".join(map(shlex.quote, HydraConfig.get().overrides.task))
     try:
+        if HydraConfig.get().mode == RunMode.MULTIRUN and config["trainer"]["devices"] != 1:
+            raise ValueError(
+                f"trainer.devices={config['trainer']['devices']}: the jobs of a sweep train on one device each, "
+                "as other ranks would run a sweep of their own; start such runs one by one"
+            )
         metrics = run({str(key): value for key, value in config.items()}, folder, command.strip())
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise  # or the other jobs of the sweep would not run
         sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())}")  # one line, no traceback
     return metrics["val/nelbo"] if "val/nelbo" in metrics else metrics["test/nelbo"]
 

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from vlae.data import Images, generator
+from vlae.datasets import mnist_static
 from vlae.layers import ConvBlock, MaskedLinear, PixelBlock
 from vlae.model import VLAE, build
 from vlae.records import commit, hardware
@@ -117,13 +118,12 @@ def measure(variant: str, images: Images, steps: int, lr: float) -> dict[str, ob
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--lr", type=float, nargs="+", default=[0.002])
     parser.add_argument("--variants", nargs="+", default=["none", "weight", "layer"])
     parser.add_argument("--out", type=Path, help="a file to append the lines to")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    images = Images("vlae.datasets.mnist_static", root=None, batch_size=64, eval_batch_size=500, seed=0)
+    images = Images(mnist_static, root=None, batch_size=64, eval_batch_size=500, seed=0)
     images.setup()
     for variant in arguments.variants:
         for lr in arguments.lr:

@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed"])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--seconds", type=float, default=4.0, help="length of a turn")
-    parser.add_argument("--turns", type=int, default=9, help="of each, besides one to warm up")
+    parser.add_argument("--turns", type=int, default=7, help="of each, besides one to warm up")
     parser.add_argument("--out", type=Path, help="a file to append the lines to")
     arguments = parser.parse_args()
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):

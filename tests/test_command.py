@@ -138,6 +138,7 @@ REFUSED = {  # what the line must say besides
     "model.encoder._target_=os.system": "model.encoder._target_='os.system': not allowed.*vlae",
     "data._target_=test_command.own": "data._target_='test_command.own': not allowed.*vlae",
     "data._target_=vlae.datasets.mnits": "data._target_.*mnits",
+    "data._target_=vlae.datasets.Path": "data._target_.*Path",
     "data.batch_size=5000": "data.batch_size: 5000 .*at most 1297",
     "data.batch_size=0": "data.batch_size: 0",
     "data.batch_size=x": "data.batch_size='x': expected int",
@@ -149,6 +150,8 @@ REFUSED = {  # what the line must say besides
     "trainer.precision=7": "trainer.precision=7: expected .*bf16-mixed",
     "+trainer.max_epoch=3": "trainer.max_epoch=3: unknown key, did you mean max_epochs",
     "trainer.max_epochs=many": "trainer.max_epochs='many': expected int or None",
+    "trainer.max_steps=0": "trainer.max_steps=0: nothing would be trained",
+    "+trainer.fast_dev_run=true": "trainer.fast_dev_run",
     "trainer.max_epochs=-3": "trainer: .*max_epochs",
     "+trainer.logger=false": "trainer.logger=False: unknown key",
     "trainer.accelerator=abacus": "trainer: .*abacus",
@@ -266,3 +269,45 @@ def test_offline_runs_need_no_network_and_ask_nothing(here: Path, monkeypatch: p
     assert len(runs) == 1
     assert list(runs[0].glob("*.wandb"))
     assert {path.name for path in here.iterdir()} <= {"run", "home"}
+
+
+def test_one_refused_job_does_not_end_a_sweep(here: Path) -> None:
+    done = process("-m", *DIGITS, "trainer.max_steps=2", "model.decoder.receptive_field=7y4,none")
+    assert done.returncode == 1
+    assert "receptive_field=7y4" in done.stderr
+    (finished,) = here.glob("runs/digits/*/metrics.json")
+    asked = json.loads((finished.parent / "config.json").read_text())
+    assert asked["model"]["decoder"]["receptive_field"] == "none"
+
+
+def test_a_sweep_over_devices_is_refused(here: Path) -> None:
+    done = process("-m", *DIGITS, "trainer.devices=2")
+    assert done.returncode == 1
+    assert "trainer.devices=2: the jobs of a sweep train on one device each" in done.stderr
+    assert not list(here.glob("runs/digits/*"))
+
+
+def test_two_ranks_share_a_folder_and_leave_one_result(here: Path) -> None:
+    one = ["trainer.max_steps=2", "data.batch_size=100", "record=both", "+trainer.limit_val_batches=1"]
+    done = process(*DIGITS, *one, "trainer.devices=2", "trainer.strategy=ddp", "folder=run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("independent pixels") == 1
+    assert "sync_dist" not in done.stderr
+    record = json.loads(Path("results/both.json").read_text())
+    assert (record["steps"], record["images_seen"]) == (2, 400)
+    assert {path.name for path in here.iterdir()} == {"run", "results"}
+
+
+def test_max_time_ends_a_run(here: Path) -> None:
+    limits = ["trainer.max_epochs=-1", "optimizer.schedule=constant", "trainer.max_time=00:00:00:02"]
+    command(*DIGITS, *limits, "trainer.check_val_every_n_epoch=1000", "folder=run")
+    metrics = json.loads(Path("run/metrics.json").read_text())
+    assert metrics["steps"] > 0
+
+
+def test_images_are_counted_where_accumulation_leaves_a_rest(here: Path) -> None:
+    """1,297 images are 12 batches of 100 an epoch, which are 3 steps of 5 batches, the last of 2."""
+    settings = ["data.batch_size=100", "trainer.accumulate_grad_batches=5", "trainer.max_epochs=2", "folder=run"]
+    command(*DIGITS, *settings)
+    metrics = json.loads(Path("run/metrics.json").read_text())
+    assert (metrics["steps"], metrics["images_seen"]) == (6, 2400)

@@ -5,7 +5,7 @@ import json
 import math
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -492,3 +492,9 @@ def test_objective_refuses(key: str, value: float) -> None:
     with pytest.raises(ValueError) as caught:
         objective(**{key: value})
     assert f"{key}={value}" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_free_bits_do_not_hide_a_rate_that_is_no_number(kind: Literal["hard", "soft"]) -> None:
+    terms = Terms(torch.zeros(2, 3, 3), torch.tensor([0.0, math.nan]), torch.zeros(2))
+    assert Objective(beta=1.0, warmup_steps=0, free_bits=5.0, kind=kind)(terms, 0).isnan()

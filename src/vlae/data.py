@@ -1,7 +1,6 @@
 """`Images`: a data set in memory, as the batches a LightningModule trains and is scored on."""
 
 import hashlib
-import pkgutil
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -107,14 +106,14 @@ class EvaluationBatches:
 class Images(LightningDataModule):
     """Batches of a data set; give its Trainer `use_distributed_sampler=False`, the batches are sharded here.
 
-    `dataset` is a function `root -> Splits` or its dotted name; `root` None is VLAE_DATA_DIR, else a cache folder.
+    `dataset` is a function `root -> Splits`; `root` None is VLAE_DATA_DIR, else a cache folder.
     `batch_size` and `eval_batch_size` are per device. `train_on_validation` adds the validation images to the
     training images and leaves no validation. `verify=False` accepts files of the set's format with other content.
     """
 
     def __init__(
         self,
-        dataset: str | Callable[..., Splits],
+        dataset: Callable[..., Splits],
         root: str | None,
         batch_size: int,
         eval_batch_size: int,
@@ -126,11 +125,6 @@ class Images(LightningDataModule):
         for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if size < 1:
                 raise ValueError(f"data.{name}: {size} images; at least 1")
-        if isinstance(dataset, str):
-            try:
-                dataset = pkgutil.resolve_name(dataset)
-            except (ImportError, AttributeError, ValueError) as error:
-                raise ValueError(f"data._target_: found no function {dataset} ({error})") from error
         if not callable(dataset):
             raise ValueError(f"data._target_: {dataset} is no function from the folder of the files to Splits")
         self.dataset, self.root = dataset, Path(root).expanduser() if root else default_root()

@@ -42,6 +42,8 @@ class PixelCNN(nn.Module):
         ValueError: for a bad window or a size below 1.
     """
 
+    offsets: Tensor
+
     def __init__(
         self,
         *,
@@ -60,6 +62,7 @@ class PixelCNN(nn.Module):
         at_least(0, depth=depth)
         at_least(1, **{"len(widths)": len(widths)})
         self.shape, self.window = shape, window(receptive_field)
+        self.register_buffer("offsets", torch.tensor(self.window, dtype=torch.long).view(-1, 2), persistent=False)
         self.left = max((-j for _, j in self.window), default=0)
         self.right = max((j for _, j in self.window), default=0)
         self.up = max((-i for i, _ in self.window), default=0)
@@ -104,7 +107,7 @@ class PixelCNN(nn.Module):
         self, u: Float[Tensor, "B C H W"], h: Float[Tensor, "b F H W"], i: Int[Tensor, "n"], j: Int[Tensor, "n"]
     ) -> Float[Tensor, "B P n"]:
         """Parameters of the pixels (i, j) alone; `u` needs no more than their windows filled in."""
-        offsets = torch.tensor(self.window, device=u.device, dtype=torch.long).view(-1, 2)
-        rows, columns = i[:, None] + self.up + offsets[:, 0], j[:, None] + self.left + offsets[:, 1]
+        down, right = self.offsets.unbind(1)
+        rows, columns = i[:, None] + self.up + down, j[:, None] + self.left + right
         seen = self.pad(u)[:, :, rows, columns]  # [B, C, n, windows]
         return self.pixels(h[:, :, i, j].mT, seen.movedim(1, 2).flatten(2))

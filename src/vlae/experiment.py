@@ -23,7 +23,7 @@ from vlae.data import Images, independent_pixels
 from vlae.figures import learning_curves, read_metrics
 from vlae.model import load, save
 from vlae.records import commit, hardware, write
-from vlae.schema import check
+from vlae.schema import check, resolve
 from vlae.training import Averaging, LitVLAE
 
 RESUMABLE = ("trainer", "wandb", "record")  # what may change when a run is continued
@@ -92,11 +92,10 @@ def prepare(config: dict[str, Any]) -> tuple[Settings, Images, LitVLAE]:
     if asked.patience is not None and asked.patience < 1:
         raise ValueError(f"patience={asked.patience}: must be null (never stop early) or at least 1")
     allow = ("vlae.", *asked.allow)
-    function, settings = asked.data.get("_target_"), {k: v for k, v in asked.data.items() if k != "_target_"}
-    if not isinstance(function, str) or not function.startswith(tuple(f"{name.rstrip('.')}." for name in allow)):
-        raise ValueError(f"data._target_={function!r}: not allowed; it must start with {' or '.join(allow)}")
+    dataset = resolve(asked.data.get("_target_"), "data", allow)
+    settings = {key: value for key, value in asked.data.items() if key != "_target_"}
     check(Images, settings, "data", supplied=("dataset", "seed"))
-    images = Images(function, seed=asked.seed, **settings)
+    images = Images(dataset, seed=asked.seed, **settings)
     torch.manual_seed(asked.seed)
     model = LitVLAE(
         model=asked.model,
@@ -111,10 +110,10 @@ def prepare(config: dict[str, Any]) -> tuple[Settings, Images, LitVLAE]:
     return asked, images, model
 
 
-def trainer_for(asked: Settings, images: Images, folder: Path, loggers: list[Logger], timer: Timer) -> Trainer:
+def trainer_for(asked: Settings, images: Images, folder: Path, loggers: list[Logger]) -> Trainer:
     """Lightning's Trainer with our callbacks; of the checkpoints, best.ckpt is the best on validation."""
     scored = not images.train_on_validation
-    callbacks: list[Callback] = [Pictures(folder, images), timer]
+    callbacks: list[Callback] = [Pictures(folder, images)]
     if asked.patience and scored:
         callbacks.append(EarlyStopping("val/nelbo", patience=asked.patience))
     if asked.averaging:
@@ -127,22 +126,31 @@ def trainer_for(asked: Settings, images: Images, folder: Path, loggers: list[Log
     ours: dict[str, Any] = {"logger": [CSVLogger(folder, name="logs"), *loggers], "callbacks": callbacks}
     ours |= {"use_distributed_sampler": False, "default_root_dir": folder}
     check(Trainer, asked.trainer, "trainer", supplied=ours)
+    settings = dict(asked.trainer)
     try:
-        return Trainer(**asked.trainer, **ours)
+        # Lightning would make one Timer more for `max_time`, and ignore that where there is one
+        callbacks.append(Timer(settings.pop("max_time", None), interval="step"))
+        return Trainer(**settings, **ours)
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise ValueError(f"trainer: {error}") from error
 
 
-def describe(asked: Settings, images: Images, model: LitVLAE) -> dict[str, Any]:
+def evaluated(asked: Settings, images: Images, model: LitVLAE, trainer: Trainer) -> dict[str, Any]:
     """The part of a record that says what was evaluated, where."""
     return {
-        "hardware": hardware(model.device),
+        "hardware": hardware(trainer.strategy.root_device),  # the model is back on the CPU by now
         "data": asked.data["_target_"].rsplit(".", 1)[1],
         "split": "test",
         "binarisation": "dynamic" if images.splits.dynamic else "static" if images.levels == 2 else "none",
         "seed": asked.seed,
         "parameters": sum(p.numel() for p in model.model.parameters()),
     }
+
+
+def kept(folder: Path) -> Path:
+    """The checkpoint whose weights count: the best on validation, or without validation the last."""
+    best = folder / "checkpoints" / "best.ckpt"
+    return best if best.exists() else best.with_name("last.ckpt")
 
 
 def quiet() -> None:
@@ -176,25 +184,25 @@ def run(config: dict[str, Any], folder: Path, command: str) -> dict[str, float]:
     if asked.init_from and not newest.exists():
         model.start_from(load(asked.init_from, ("vlae.", *asked.allow)))
     check(wandb_logger, asked.wandb, "wandb", supplied=("folder",))
-    loggers, timer = wandb_logger(**asked.wandb, folder=folder), Timer()
-    trainer = trainer_for(asked, images, folder, loggers, timer)
-    model.refuse_endless(trainer)
+    loggers = wandb_logger(**asked.wandb, folder=folder)
+    trainer = trainer_for(asked, images, folder, loggers)
+    model.check_length(trainer)
     images.trainer = trainer  # it knows the number of devices
     images.setup()
 
-    rank_zero_only(write)(folder / "config.json", config)
+    # in this order: another process must not see the old result beside the new settings
     rank_zero_only(finished.unlink)(missing_ok=True)
+    rank_zero_only(write)(folder / "config.json", config)
     try:
         for logger in loggers:
             logger.log_hyperparams(flat(config))
         trainer.fit(model, images, ckpt_path=newest if newest.exists() else None, weights_only=True)
         # not `test(ckpt_path=...)`: that would load the weights without the average
-        # the first of the two that has saved anything
-        kept = [file for c in trainer.checkpoint_callbacks if (file := getattr(c, "best_model_path", ""))]
-        weights = torch.load(kept[0], map_location="cpu", weights_only=True)
+        weights = torch.load(kept(folder), map_location="cpu", weights_only=True)
         model.load_state_dict(weights["state_dict"])
         begun = time.time()
         metrics = {**weights["metrics"], **trainer.test(model, images, verbose=False)[0]}
+        timer = next(callback for callback in trainer.callbacks if isinstance(callback, Timer))  # type: ignore[attr-defined]
         wall = timer.time_elapsed("train") + time.time() - begun
     except SIGTERMException:
         sys.exit(143)  # its own exit code would be 0
@@ -203,9 +211,9 @@ def run(config: dict[str, Any], folder: Path, command: str) -> dict[str, float]:
             sys.modules["wandb"].finish()
     metrics["independent_pixels/bits_per_dim"] = independent_pixels(images.splits)
     if trainer.is_global_zero:
-        seen = trainer.global_step * images.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+        seen = images.state_dict()["number"] * images.batch_size * trainer.world_size
         cost = {"steps": trainer.global_step, "images_seen": seen, "wall_s": round(wall, 1)}
-        about = describe(asked, images, model)
+        about = evaluated(asked, images, model, trainer)
         if asked.record:
             head = {"name": asked.record, "command": command, "commit": code, "date": started}
             write(Path("results") / f"{asked.record}.json", {**head, **about, **cost, "metrics": metrics})
@@ -235,13 +243,12 @@ def export(folder: Path, name: str, command: str) -> None:
         raise FileNotFoundError(f"{folder}: no finished run (it has no metrics.json)")
     begun, code, path = time.time(), commit(), Path("weights") / f"{name}.safetensors"
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    best = folder / "checkpoints" / "best.ckpt"
     config, trained = (json.loads((folder / f"{file}.json").read_text()) for file in ("config", "metrics"))
     asked, images, model = prepare(config)
     allow = ("vlae.", *asked.allow)
-    save(load(best if best.exists() else best.with_name("last.ckpt"), allow), path)
+    save(load(kept(folder), allow), path)
     model.model.load_state_dict(load(path, allow).state_dict())
-    trainer = Trainer(logger=False, use_distributed_sampler=False, enable_checkpointing=False)
+    trainer = Trainer(devices=1, logger=False, use_distributed_sampler=False, enable_checkpointing=False)
     metrics = dict(trainer.test(model, images, verbose=False)[0])
     metrics["independent_pixels/bits_per_dim"] = independent_pixels(images.splits)
     record = {
@@ -249,7 +256,7 @@ def export(folder: Path, name: str, command: str) -> None:
         "command": command,
         "commit": code,
         "date": started,
-        **describe(asked, images, model),
+        **evaluated(asked, images, model, trainer),
         **{key: trained[key] for key in ("steps", "images_seen")},
         "wall_s": round(time.time() - begun, 1),
         "metrics": metrics,

@@ -32,15 +32,15 @@ class Objective(nn.Module):
     def forward(
         self, terms: Terms, step: int, mean: Callable[[Tensor], Tensor] = lambda rate: rate
     ) -> Float[Tensor, ""]:
-        """`mean` averages a detached scalar over all devices: the floor is one for the global batch."""
+        """`mean` averages a detached scalar over all devices: the floor is for a batch over all of them."""
         rate = terms.rate.mean()
-        total = mean(rate.detach())
         weight = self.beta * min(1.0, (step + 1) / (self.warmup_steps + 1))
-        # a floor of zero is none: one-sample rates may be negative
-        if self.free_bits and self.kind == "hard":
-            rate = torch.where(total > self.free_bits, rate, self.free_bits)
-        elif self.free_bits:
-            grow = (total > 1.05 * self.free_bits).float() - (total < self.free_bits).float()
-            self.gamma.mul_(1.1**grow).clamp_(1e-6, 1)
-            rate = self.gamma * rate
+        if self.free_bits:  # a floor of zero is none: one-sample rates may be negative
+            total = mean(rate.detach())
+            if self.kind == "hard":
+                rate = torch.where(total < self.free_bits, self.free_bits, rate)
+            else:
+                grow = (total > 1.05 * self.free_bits).float() - (total < self.free_bits).float()
+                self.gamma.mul_(1.1**grow).clamp_(1e-6, 1)
+                rate = self.gamma * rate
         return terms.distortion.mean() + weight * rate

@@ -20,9 +20,12 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 def commit() -> str:
     """The commit of the code that runs, `-dirty` if files differ from it, `unknown` outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    git, file = ["git", "-C", str(Path(__file__).parent)], Path(__file__).name
+    describe = ["describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        # or this is a package inside somebody's own checkout
+        subprocess.run([*git, "ls-files", "--error-unmatch", file], capture_output=True, check=True)
+        return subprocess.run([*git, *describe], capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

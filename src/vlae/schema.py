@@ -18,7 +18,17 @@ def construct(config: Any, where: str, allow: Iterable[str] = ("vlae.",), **size
     """
     if not isinstance(config, Mapping):
         raise ValueError(f"{where}={config!r}: must be a section with a _target_")
-    target = config.get("_target_")
+    function = resolve(config.get("_target_"), where, allow)
+    settings = {key: value for key, value in config.items() if key != "_target_"}
+    check(function, settings, where, supplied=sizes)
+    try:
+        return function(**settings, **sizes)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def resolve(target: Any, where: str, allow: Iterable[str] = ("vlae.",)) -> Callable[..., Any]:
+    """The class or function of that dotted name; ValueError for one outside `allow` or that is not there."""
     packages = tuple(package.rstrip(".") + "." for package in allow)
     if not isinstance(target, str) or not target.startswith(packages):
         raise ValueError(f"{where}._target_={target!r}: not allowed; it must start with {' or '.join(packages)}")
@@ -30,12 +40,7 @@ def construct(config: Any, where: str, allow: Iterable[str] = ("vlae.",), **size
     # what a module merely imports (Path, import_module) is as foreign as if it were named directly
     if not callable(function) or not f"{getattr(function, '__module__', '')}.".startswith(packages):
         raise ValueError(f"{where}._target_={target!r}: {module} defines no class or function {name!r}")
-    settings = {key: value for key, value in config.items() if key != "_target_"}
-    check(function, settings, where, supplied=sizes)
-    try:
-        return function(**settings, **sizes)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+    return function
 
 
 def check(function: Callable[..., Any], settings: Mapping[str, Any], where: str, supplied: Iterable[str] = ()) -> None:

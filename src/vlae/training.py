@@ -33,6 +33,7 @@ class Averaging(WeightAveraging):
         super().__init__(use_buffers=False, multi_avg_fn=average)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._device = trainer.strategy.root_device  # the module moves there only after this hook
         super().setup(trainer, pl_module, stage)
         if self._average_model is not None:
             # looked at in every step, which would wait for the device
@@ -98,14 +99,14 @@ class LitVLAE(LightningModule):
         self.optimization = Optimization(**optimizer)
         self.objective = Objective(**objective)
         # plain types only: a checkpoint must open with weights_only=True
-        self.save_hyperparameters({"model": model, "shape": list(shape), "levels": levels, "seed": seed})
+        settings = {"model": model, "optimizer": optimizer, "objective": objective, "seed": seed}
+        self.save_hyperparameters({**settings, "shape": list(shape), "levels": levels})
         self.code, self.seed, self.levels, self.dims = model["code"], seed, levels, math.prod(shape)
         self.meters = torch.nn.ModuleDict({"rate": MeanMetric("disable"), "distortion": MeanMetric("disable")})
         self.fresh = True
         self.broken: Tensor | None = None
         if compile:  # in place, so that the names of the weights stay
-            for part in self.model.children():
-                part.compile()
+            self.model.compile()
 
     def start_from(self, other: VLAE) -> None:
         """Take the weights of a trained model.
@@ -120,8 +121,13 @@ class LitVLAE(LightningModule):
         self.model.load_state_dict(other.state_dict())
         self.fresh = False
 
-    def refuse_endless(self, trainer: Trainer) -> None:
-        """ValueError for a schedule that falls towards an end, where there is none."""
+    def check_length(self, trainer: Trainer) -> None:
+        """ValueError where nothing would be trained, or the schedule falls towards an end that there is not."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise ValueError("trainer.fast_dev_run: leaves nothing to test; use trainer.max_steps=2")
+        for name, value in (("max_steps", trainer.max_steps), ("max_epochs", trainer.max_epochs)):
+            if value == 0:
+                raise ValueError(f"trainer.{name}=0: nothing would be trained; at least 1, or -1 for no end")
         if self.optimization.schedule != "constant" and trainer.max_epochs == trainer.max_steps == -1:
             raise ValueError(
                 f"optimizer.schedule={self.optimization.schedule}: needs trainer.max_steps or trainer.max_epochs"
@@ -129,7 +135,7 @@ class LitVLAE(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimization.optimizer(self.model.parameters())
-        self.refuse_endless(self.trainer)
+        self.check_length(self.trainer)
         steps = float(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.optimization.factor(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -198,17 +204,17 @@ class LitVLAE(LightningModule):
     def evaluation_start(self, split: str) -> None:
         # one draw for the whole split: the same figures for any batch size and number of devices
         size = len(getattr(self.trainer.datamodule.splits, split).images)  # type: ignore[attr-defined]
-        self.eps = torch.randn(size, self.code, generator=generator("eps", self.seed, split))
+        self.eps = torch.randn(size, self.code, generator=generator("eps", self.seed, split)).to(self.device)
 
     def evaluation_step(self, batch: Batch) -> None:
-        terms = self.model(batch.x, self.eps[batch.index.cpu()].to(self.device))
+        terms = self.model(batch.x, self.eps[batch.index])
         self.watch(terms.elbo)
         self.meters["rate"].update(terms.rate)
         self.meters["distortion"].update(terms.distortion)
 
     def evaluation_end(self, split: str) -> None:
         self.stop_if_broken()
-        self.log_dict(self.figures(split, *(meter.compute() for meter in self.meters.values())), rank_zero_only=True)
+        self.log_dict(self.figures(split, *(meter.compute() for meter in self.meters.values())), sync_dist=True)
         for meter in self.meters.values():
             meter.reset()
 
