@@ -46,6 +46,13 @@ def read_metrics(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: sorted(values.items()) for name, values in found.items()}
 
 
+def smooth(curve: list[tuple[int, float]], points: int = 100) -> list[tuple[int, float]]:
+    """Means of neighbours, so that at most about `points` are left: single batches are noisy."""
+    every = max(1, len(curve) // points)
+    means = (np.mean(curve[start : start + every], axis=0) for start in range(0, len(curve) - every + 1, every))
+    return [(int(step), float(value)) for step, value in means]
+
+
 def learning_curves(metrics: dict[str, list[tuple[int, float]]], path: Path) -> None:
     """Rate, distortion and bits/dim of training and validation against optimiser steps, as a PNG. Needs matplotlib."""
     from matplotlib.figure import Figure
@@ -53,7 +60,7 @@ def learning_curves(metrics: dict[str, list[tuple[int, float]]], path: Path) -> 
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     titles = {"rate": "rate (nats)", "distortion": "distortion (nats)", "bits_per_dim": "bits/dim, bound"}
     for axes, (name, title) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
-        curves = [metrics.get(f"{split}/{name}", []) for split in ("train", "val")]
+        curves = [smooth(metrics.get(f"train/{name}", [])), metrics.get(f"val/{name}", [])]
         for curve, label, color in zip(curves, ("training", "validation"), ("0.7", "C0"), strict=True):
             axes.plot([step for step, _ in curve], [value for _, value in curve], label=label, color=color)
         # the first fifth falls so far that the rest would be flat
@@ -61,5 +68,6 @@ def learning_curves(metrics: dict[str, list[tuple[int, float]]], path: Path) -> 
         margin = 0.05 * (max(settled) - min(settled)) + 1e-3
         axes.set_ylim(min(settled) - margin, max(settled) + margin)
         axes.set(xlabel="step", title=title)
+        axes.locator_params(axis="x", nbins=5)
         axes.legend(frameon=False)
     figure.savefig(path, dpi=110)

@@ -1,5 +1,7 @@
 """p(x | params) of a pixel: densities over integers, in nats."""
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Integer
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 from vlae.layers import at_least, full
 
 
-class Likelihood(nn.Module):
+class Likelihood(nn.Module, ABC):
     """The distribution of one pixel's integers 0..levels-1, given `num_params` numbers from the decoder.
 
     A pixel's channels are autoregressive: `pmf` is the distribution of the next channel given the earlier ones.
@@ -21,13 +23,13 @@ class Likelihood(nn.Module):
         super().__init__()
         self.channels, self.levels = channels, levels
 
+    @abstractmethod
     def log_prob(self, params: Float[Tensor, "B P *n"], x: Integer[Tensor, "B C *n"]) -> Float[Tensor, "B *n"]:
         """log p(x) in nats, summed over the channels of a pixel."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pmf(self, params: Float[Tensor, "B P *n"], x: Integer[Tensor, "B c *n"]) -> Float[Tensor, "B V *n"]:
         """Probabilities of the values of channel c, given channels 0..c-1 in `x`."""
-        raise NotImplementedError
 
     def sample(self, params: Float[Tensor, "B P *n"], uniform: Float[Tensor, "B C *n"]) -> Int[Tensor, "B C *n"]:
         """The inverse CDF at `uniform` in [0, 1), channel by channel."""
