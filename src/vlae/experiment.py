@@ -130,9 +130,15 @@ def trainer_for(asked: Settings, images: Images, folder: Path, loggers: list[Log
     try:
         # Lightning would make one Timer more for `max_time`, and ignore that where there is one
         callbacks.append(Timer(settings.pop("max_time", None), interval="step"))
-        return Trainer(**settings, **ours)
+        trainer = Trainer(**settings, **ours)
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise ValueError(f"trainer: {error}") from error
+    for name in ("max_steps", "max_epochs"):
+        if getattr(trainer, name) == 0:
+            raise ValueError(f"trainer.{name}=0: nothing would be trained; at least 1, or -1 for no end")
+    if settings.get("fast_dev_run"):
+        raise ValueError("trainer.fast_dev_run: leaves nothing to test; use trainer.max_steps=2")
+    return trainer
 
 
 def evaluated(asked: Settings, images: Images, model: LitVLAE, trainer: Trainer) -> dict[str, Any]:
@@ -186,7 +192,7 @@ def run(config: dict[str, Any], folder: Path, command: str) -> dict[str, float]:
     check(wandb_logger, asked.wandb, "wandb", supplied=("folder",))
     loggers = wandb_logger(**asked.wandb, folder=folder)
     trainer = trainer_for(asked, images, folder, loggers)
-    model.check_length(trainer)
+    model.refuse_endless(trainer)
     images.trainer = trainer  # it knows the number of devices
     images.setup()
 
