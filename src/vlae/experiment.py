@@ -76,12 +76,12 @@ def wandb_logger(*, mode: Literal["offline", "online", "disabled"], project: str
     """No logger where `mode` is disabled."""
     if mode == "disabled":
         return []
+    os.environ.setdefault("WANDB_SILENT", "true")  # read at import
     try:
         import wandb  # noqa: F401
         from lightning.pytorch.loggers import WandbLogger
     except ImportError as error:
         raise ValueError(f"wandb.mode={mode}: wandb is not installed; install it or set wandb.mode=disabled") from error
-    os.environ.setdefault("WANDB_SILENT", "true")
     return [WandbLogger(project=project, name=folder.name, save_dir=folder, offline=mode == "offline")]
 
 

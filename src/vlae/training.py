@@ -16,28 +16,32 @@ from vlae.schema import check
 
 
 class Averaging(WeightAveraging):
-    """Exponential average with decay min(decay, (1 + n) / (10 + n)) after n steps: right from the first validation.
+    """Exponential average, decay min(decay, (1 + n) / (10 + n)) after n steps: right from the first validation.
 
     Validation, checkpoints' `state_dict` and the module after training hold the average.
     """
 
     def __init__(self, decay: float):
+        super().__init__()
         if not 0 <= decay < 1:
             raise ValueError(f"averaging={decay}: must be at least 0 (none) and below 1")
-
-        def average(averaged: list[Tensor], current: list[Tensor], _: Any) -> None:
-            n = self._latest_update_step
-            torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
-
-        # buffers are copied: a mean of the soft free bits' gamma would mean nothing
-        super().__init__(use_buffers=False, multi_avg_fn=average)
+        self.decay = decay
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._device = trainer.strategy.root_device  # the module moves there only after this hook
         super().setup(trainer, pl_module, stage)
-        if self._average_model is not None:
-            # looked at in every step, which would wait for the device
-            self._average_model.n_averaged = self._average_model.n_averaged.cpu()
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        # instead of AveragedModel's update, which waits for the device and takes a millisecond more
+        n = self._latest_update_step
+        if trainer.global_step > n and self._average_model is not None:
+            average = self._average_model.module
+            decay = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
+            torch._foreach_lerp_(list(average.parameters()), list(pl_module.parameters()), 1 - decay)
+            for mean, now in zip(average.buffers(), pl_module.buffers(), strict=True):
+                mean.copy_(now)  # a mean of the soft free bits' gamma would mean nothing
+            self._latest_update_step = trainer.global_step
 
 
 class Optimization:
