@@ -31,16 +31,24 @@ class Averaging(WeightAveraging):
         self._device = trainer.strategy.root_device  # the module moves there only after this hook
         super().setup(trainer, pl_module, stage)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._average_model is not None
+        average = self._average_model.module
+        self.weights = list(average.parameters()), list(pl_module.parameters())
+        # copied: a mean of the soft free bits' gamma would mean nothing; what is not stored, masks, never changes
+        stored = pl_module.state_dict().keys()
+        pairs = zip(average.named_buffers(), pl_module.buffers(), strict=True)
+        self.buffers = [(mean, now) for (name, mean), now in pairs if name in stored]
+
     @torch.no_grad()
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         # instead of AveragedModel's update, which waits for the device and takes a millisecond more
         n = self._latest_update_step
-        if trainer.global_step > n and self._average_model is not None:
-            average = self._average_model.module
+        if trainer.global_step > n:
             decay = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
-            torch._foreach_lerp_(list(average.parameters()), list(pl_module.parameters()), 1 - decay)
-            for mean, now in zip(average.buffers(), pl_module.buffers(), strict=True):
-                mean.copy_(now)  # a mean of the soft free bits' gamma would mean nothing
+            torch._foreach_lerp_(*self.weights, 1 - decay)
+            for mean, now in self.buffers:
+                mean.copy_(now)
             self._latest_update_step = trainer.global_step
 
 
