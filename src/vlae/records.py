@@ -19,13 +19,15 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def commit() -> str:
-    """The commit of the code that runs, `-dirty` if files differ from it, `unknown` outside a checkout."""
+    """The commit of the code that runs, `-dirty` if code differs from it, `unknown` outside a checkout."""
     git, file = ["git", "-C", str(Path(__file__).parent)], Path(__file__).name
-    describe = ["describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    code = [":/src", ":/conf", ":/benchmarks", ":/train.py"]
     try:
         # or this is a package inside somebody's own checkout
         subprocess.run([*git, "ls-files", "--error-unmatch", file], capture_output=True, check=True)
-        return subprocess.run([*git, *describe], capture_output=True, text=True, check=True).stdout.strip()
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code], check=False).returncode
+        return f"{head}-dirty" if changed else head
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
