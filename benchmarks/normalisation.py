@@ -9,7 +9,6 @@ One JSON line a variant: NELBO in nats (bound) on 2,000 validation images of sta
 """
 
 import argparse
-import json
 import time
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from vlae.data import Images, generator
 from vlae.datasets import mnist_static
 from vlae.layers import ConvBlock, MaskedLinear, PixelBlock
 from vlae.model import VLAE, build
-from vlae.records import commit, hardware
+from vlae.records import commit, emit, hardware
 
 MODEL = yaml.safe_load((Path(__file__).parents[1] / "conf" / "model" / "binary.yaml").read_text())
 
@@ -127,12 +126,7 @@ def main() -> None:
     images.setup()
     for variant in arguments.variants:
         for lr in arguments.lr:
-            line = json.dumps(measure(variant, images, arguments.steps, lr))
-            print(line, flush=True)
-            if arguments.out:
-                arguments.out.parent.mkdir(parents=True, exist_ok=True)
-                with arguments.out.open("a") as file:
-                    file.write(line + "\n")
+            emit(measure(variant, images, arguments.steps, lr), arguments.out)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ the median over the turns, `ratio` that of Lightning over that of the loop. One 
 """
 
 import argparse
-import json
 import logging
 import sys
 import time
@@ -27,7 +26,7 @@ from torch import nn
 
 from vlae.data import Images, TrainingBatches, generator
 from vlae.datasets import Part, Splits, default_root, digits, mnist_grey, mnist_static
-from vlae.records import commit, hardware
+from vlae.records import commit, emit, hardware
 from vlae.training import Averaging, LitVLAE
 
 STEPS = 10**6  # of the schedule: more than any measurement takes
@@ -207,12 +206,7 @@ def main() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for model in arguments.models:
-        line = json.dumps(measure(model, arguments))
-        print(line, flush=True)
-        if arguments.out:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            with arguments.out.open("a") as file:
-                file.write(line + "\n")
+        emit(measure(model, arguments), arguments.out)
 
 
 if __name__ == "__main__":

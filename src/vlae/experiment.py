@@ -163,7 +163,7 @@ def quiet() -> None:
     """Keeps off the terminal what Lightning says of things that are meant."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # a resume, train_on_validation, lightning 2.6 on torch 2.13, evaluation of exported weights
+    # a resume, train_on_validation, lightning 2.6 on torch 2.13
     for meant in ("Checkpoint directory .* exists", "Total length of `list`", ".*LeafSpec.* is deprecated"):
         warnings.filterwarnings("ignore", meant)
 

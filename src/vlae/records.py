@@ -18,6 +18,16 @@ def write(path: Path, content: dict[str, Any]) -> None:
     os.replace(part, path)
 
 
+def emit(measurement: dict[str, Any], out: Path | None) -> None:
+    """A benchmark's measurement as one JSON line, printed and, if `out` is given, appended to it."""
+    line = json.dumps(measurement)
+    print(line, flush=True)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a") as file:
+            file.write(line + "\n")
+
+
 def commit() -> str:
     """The commit of the code that runs, `-dirty` if code differs from it, `unknown` outside a checkout."""
     git, file = ["git", "-C", str(Path(__file__).parent)], Path(__file__).name
