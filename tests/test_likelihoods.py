@@ -13,10 +13,15 @@ from vlae.likelihoods import Bernoulli, Likelihood, LogisticMixture
 LIKELIHOODS = [
     Bernoulli(channels=1, levels=2),
     *(LogisticMixture(channels=1, levels=v, components=m) for v in (2, 17, 256) for m in (1, 4)),
+    *(LogisticMixture(channels=c, levels=v, components=m) for c in (2, 3) for v in (2, 5) for m in (1, 4)),
 ]
-over_likelihoods = pytest.mark.parametrize(
-    "likelihood", LIKELIHOODS, ids=lambda one: f"{type(one).__name__}-{one.levels}-{one.num_params}"
-)
+
+
+def name(likelihood: Likelihood) -> str:
+    return f"{type(likelihood).__name__}-{likelihood.channels}-{likelihood.levels}-{likelihood.num_params}"
+
+
+over_likelihoods = pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=name)
 PIXELS = [(), (3,), (2, 3)]
 
 
@@ -25,9 +30,11 @@ def parameters(likelihood: Likelihood, *pixels: int, size: float = 2.0) -> Tenso
 
 
 def every_value(likelihood: Likelihood, params: Tensor) -> Tensor:
-    """log p of each value, [B, V, *n], by one call a value."""
-    shape = (len(params), 1, *params.shape[2:])
-    columns = [likelihood.log_prob(params, torch.full(shape, v)) for v in range(likelihood.levels)]
+    """log p of each value of a pixel, [B, V^C, *n], by one call a value; the first channel changes slowest."""
+    columns = []
+    for values in product(range(likelihood.levels), repeat=likelihood.channels):
+        x = torch.tensor(values).view(1, -1, *[1] * (params.ndim - 2)).expand(len(params), -1, *params.shape[2:])
+        columns.append(likelihood.log_prob(params, x))
     return torch.stack(columns, 1)
 
 
@@ -37,8 +44,9 @@ def test_probabilities_sum_to_one(likelihood: Likelihood, pixels: tuple[int, ...
     params = parameters(likelihood, *pixels)
     one = torch.ones(4, *pixels, dtype=torch.float64)
     torch.testing.assert_close(every_value(likelihood, params).exp().sum(1), one, rtol=1e-12, atol=1e-12)
-    none = torch.empty(4, 0, *pixels, dtype=torch.long)
-    torch.testing.assert_close(likelihood.pmf(params, none).sum(1), one, rtol=1e-12, atol=1e-12)
+    x = torch.randint(likelihood.levels, (4, likelihood.channels, *pixels))
+    for c in range(likelihood.channels):
+        torch.testing.assert_close(likelihood.pmf(params, x[:, :c]).sum(1), one, rtol=1e-12, atol=1e-12)
 
 
 @over_likelihoods
@@ -72,6 +80,30 @@ def test_mixture_is_differences_of_logistic_cdfs(levels: int, components: int) -
         np.testing.assert_allclose(got, (weights * mass).sum(1), rtol=1e-8, atol=1e-300)
 
 
+@pytest.mark.parametrize("components", [1, 4])
+def test_colour_is_a_mixture_of_pixels(components: int) -> None:
+    """Red, green given red, blue given both, from each component by itself."""
+    likelihood = LogisticMixture(channels=3, levels=9, components=components)
+    params = parameters(likelihood, 3, size=1.0)
+    logits, *rest = params.numpy().reshape(4, 10, components, 3).transpose(1, 0, 2, 3)
+    means, log_scales, (red_green, red_blue, green_blue) = rest[:3], rest[3:6], np.tanh(rest[6:])
+    spread = (np.linspace(-1, 1, components) if components > 1 else np.zeros(1))[:, None]
+    x = torch.randint(9, (4, 3, 3))
+    x[:, :, 0], x[:, :, 1] = 0, 8
+    red, green, blue = (x.numpy() / 4 - 1)[:, :, None].transpose(1, 0, 2, 3)
+    mass = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    for u, mean, log_scale in zip(
+        (red, green, blue),
+        (means[0], means[1] + red_green * red, means[2] + red_blue * red + green_blue * green),
+        log_scales,
+        strict=True,
+    ):
+        logistic = scipy.stats.logistic(mean + spread, np.exp(log_scale))
+        low, high = np.where(u == -1, -np.inf, u - 1 / 8), np.where(u == 1, np.inf, u + 1 / 8)
+        mass = mass * (logistic.cdf(high) - logistic.cdf(low))
+    np.testing.assert_allclose(likelihood.log_prob(params, x), np.log(mass.sum(1)), rtol=1e-8)
+
+
 def test_bernoulli_is_a_coin() -> None:
     params = parameters(LIKELIHOODS[0], 3)
     for v in (0, 1):
@@ -83,20 +115,23 @@ def test_bernoulli_is_a_coin() -> None:
 @over_likelihoods
 def test_samples_are_the_inverse_cdf(likelihood: Likelihood) -> None:
     params = parameters(likelihood, 6)
-    uniform = torch.rand(4, 1, 6, dtype=torch.float64)
+    uniform = torch.rand(4, likelihood.channels, 6, dtype=torch.float64)
     drawn = likelihood.sample(params, uniform)
-    assert drawn.shape == (4, 1, 6)
+    assert drawn.shape == uniform.shape
     mass = every_value(likelihood, params).exp().numpy()
-    for b in range(4):
-        for n in range(6):
-            value, below = 0, mass[b, 0, n]
-            while below <= uniform[b, 0, n].item() and value < likelihood.levels - 1:
+    for b, n in product(range(4), range(6)):
+        joint = mass[b, :, n].reshape([likelihood.levels] * likelihood.channels)
+        for u, x in zip(uniform[b, :, n], drawn[b, :, n], strict=True):
+            ahead = joint.sum(tuple(range(1, joint.ndim)))  # of this channel, the later ones summed out
+            value, below = 0, ahead[0]
+            while below <= u.item() * ahead.sum() and value < likelihood.levels - 1:
                 value += 1
-                below += mass[b, value, n]
-            assert drawn[b, 0, n] == value
+                below += ahead[value]
+            assert x == value
+            joint = joint[value]
 
 
-@over_likelihoods
+@pytest.mark.parametrize("likelihood", [one for one in LIKELIHOODS if one.channels == 1], ids=name)
 def test_frequencies_are_probabilities(likelihood: Likelihood) -> None:
     count = 5_000
     params = parameters(likelihood)[:1]
@@ -110,18 +145,20 @@ def test_frequencies_are_probabilities(likelihood: Likelihood) -> None:
 def test_samples_stay_in_range_at_the_ends(likelihood: Likelihood) -> None:
     params = parameters(likelihood, 50, size=30.0).float()
     for uniform in (0.0, float(np.nextafter(np.float32(1), np.float32(0)))):
-        drawn = likelihood.sample(params, torch.full((4, 1, 50), uniform))
+        drawn = likelihood.sample(params, torch.full((4, likelihood.channels, 50), uniform))
         assert drawn.min() >= 0
         assert drawn.max() < likelihood.levels
 
 
 @over_likelihoods
 def test_finite_in_float32_at_extremes(likelihood: Likelihood) -> None:
-    corners = torch.tensor(list(product([-100.0, 0.0, 100.0], repeat=min(3, likelihood.num_params))))
-    params = corners.repeat_interleave(likelihood.num_params // corners.shape[1], 1)
+    kinds = sum(likelihood.sizes) if isinstance(likelihood, LogisticMixture) else 1
+    corners = torch.tensor(list(product([-100.0, 0.0, 100.0], repeat=min(5, kinds))))
+    corners = torch.cat([corners, corners.new_zeros(len(corners), kinds - corners.shape[1])], 1)
+    params = corners.repeat_interleave(likelihood.num_params // kinds, 1)
     random = 100 * torch.sign(torch.randn(64, likelihood.num_params))
     params = torch.cat([params, random])[..., None].expand(-1, -1, likelihood.levels).clone().requires_grad_()
-    x = torch.arange(likelihood.levels).expand(len(params), 1, -1)
+    x = torch.arange(likelihood.levels).expand(len(params), likelihood.channels, -1)
     value = likelihood.log_prob(params, x)
     value.sum().backward()
     assert torch.isfinite(value).all()
@@ -135,7 +172,7 @@ def test_finite_in_float32_at_extremes(likelihood: Likelihood) -> None:
 @over_likelihoods
 def test_float32_agrees_with_float64(likelihood: Likelihood) -> None:
     params = parameters(likelihood, 20, size=4.0)
-    x = torch.randint(likelihood.levels, (4, 1, 20))
+    x = torch.randint(likelihood.levels, (4, likelihood.channels, 20))
     exact, single = likelihood.log_prob(params, x), likelihood.log_prob(params.float(), x)
     torch.testing.assert_close(single.double(), exact, rtol=1e-4, atol=1e-4)
 
@@ -143,7 +180,7 @@ def test_float32_agrees_with_float64(likelihood: Likelihood) -> None:
 @over_likelihoods
 def test_gradients_are_those_of_the_value(likelihood: Likelihood) -> None:
     params = parameters(likelihood, 5, size=1.0).requires_grad_()
-    x = torch.randint(likelihood.levels, (4, 1, 5))
+    x = torch.randint(likelihood.levels, (4, likelihood.channels, 5))
     x[:, :, 0], x[:, :, 1] = 0, likelihood.levels - 1
     assert torch.autograd.gradcheck(lambda p: likelihood.log_prob(p, x), params)
 
@@ -151,7 +188,7 @@ def test_gradients_are_those_of_the_value(likelihood: Likelihood) -> None:
 @over_likelihoods
 def test_half_precision_parameters_give_float32_densities(likelihood: Likelihood) -> None:
     params = parameters(likelihood, 3).bfloat16()
-    x = torch.randint(likelihood.levels, (4, 1, 3))
+    x = torch.randint(likelihood.levels, (4, likelihood.channels, 3))
     assert likelihood.log_prob(params, x).dtype == torch.float32
     assert likelihood.pmf(params, x[:, :0]).dtype == torch.float32
 
@@ -159,7 +196,7 @@ def test_half_precision_parameters_give_float32_densities(likelihood: Likelihood
 @over_likelihoods
 def test_bytes_are_integers_too(likelihood: Likelihood) -> None:
     params = parameters(likelihood, 3)
-    x = torch.randint(likelihood.levels, (4, 1, 3))
+    x = torch.randint(likelihood.levels, (4, likelihood.channels, 3))
     assert torch.equal(likelihood.log_prob(params, x.byte()), likelihood.log_prob(params, x))
 
 
@@ -178,7 +215,6 @@ def test_fresh_components_differ() -> None:
         (lambda: Bernoulli(channels=3, levels=2), "3"),
         (lambda: LogisticMixture(channels=1, levels=1, components=2), "levels, got 1"),
         (lambda: LogisticMixture(channels=1, levels=257, components=2), "levels, got 257"),
-        (lambda: LogisticMixture(channels=3, levels=256, components=2), "channel, got 3"),
         (lambda: LogisticMixture(channels=1, levels=256, components=0), "components=0"),
     ],
 )

@@ -64,13 +64,15 @@ class Bernoulli(Likelihood):
 
 
 class LogisticMixture(Likelihood):
-    """Discretised mixture of logistics (PixelCNN++, Salimans et al. 2017, section 2.1), 2 to 256 levels on [-1, 1].
+    """Discretised mixture of logistics (PixelCNN++, Salimans et al. 2017, 2.1 and 2.2), 2 to 256 levels on [-1, 1].
 
-    A bin is as wide as the step between levels; the lowest and the highest reach to infinity. Parameters: mixture
-    logits, means, log-scales, `components` of each; with all of them zero the means are spread over [-1, 1].
+    A bin is as wide as the step between levels; the lowest and the highest reach to infinity. The channels of a pixel
+    share their component, and a channel's mean moves linearly with the earlier channels. Parameters, `components` of
+    each: mixture logits; each channel's means; its log-scales; for each pair of channels a coefficient, before its
+    tanh. With all of them zero the means are spread over [-1, 1].
 
     Raises:
-        ValueError: for levels outside 2..256, no components, or more than one channel.
+        ValueError: for levels outside 2..256 or no components.
     """
 
     spread: Tensor
@@ -80,34 +82,43 @@ class LogisticMixture(Likelihood):
         at_least(1, components=components)
         if not 2 <= levels <= 256:
             raise ValueError(f"LogisticMixture needs 2 to 256 levels, got {levels}")
-        if channels != 1:
-            raise ValueError(f"LogisticMixture models 1 channel, got {channels}; give grey images")
-        self.num_params = 3 * components
+        self.sizes = [1, channels, channels, channels * (channels - 1) // 2]
+        self.num_params = components * sum(self.sizes)
         # equal components would get equal gradients for ever
         means = torch.linspace(-1, 1, components) if components > 1 else torch.zeros(1)
         self.register_buffer("spread", means, persistent=False)
 
-    def components(self, params: Float[Tensor, "B P *n"], x: Integer[Tensor, "..."]) -> Float[Tensor, "B M ..."]:
-        """log(weight x mass) of every component at the integers `x`, which broadcast against [B, M, *n]."""
-        logits, means, log_scales = full(params).chunk(3, 1)
-        log_scales = log_scales.clamp(-7, 7)
-        means = means + self.spread.to(means).view(-1, *[1] * (means.ndim - 2))
-        half = 1 / (self.levels - 1)
-        u = 2 * half * x.to(means) - 1
-        hi, lo = (u + half - means) * torch.exp(-log_scales), (u - half - means) * torch.exp(-log_scales)
+    def log_mass(
+        self, params: Float[Tensor, "B k M *n"], x: Integer[Tensor, "B c *m"], value: Integer[Tensor, "..."]
+    ) -> Float[Tensor, "B M ..."]:
+        """log P(value of channel c) of each component, given the earlier channels; `value` broadcasts to [B, M, *n]."""
+        c, half = x.shape[1], 1 / (self.levels - 1)
+        _, means, log_scales, coefficients = params.split(self.sizes, 1)
+        mean = means[:, c] + self.spread.to(params).view(-1, *[1] * (params.ndim - 3))
+        for j in range(c):
+            mean = mean + coefficients[:, c * (c - 1) // 2 + j].tanh() * (2 * half * x[:, j : j + 1].to(params) - 1)
+        log_scale = log_scales[:, c].clamp(-7, 7)
+        u = 2 * half * value.to(params) - 1
+        hi, lo = (u + half - mean) * torch.exp(-log_scale), (u - half - mean) * torch.exp(-log_scale)
         # log(sigmoid(hi) - sigmoid(lo)); width is the bin's own, as hi - lo would cancel in float32
-        width = 2 * half * torch.exp(-log_scales)
-        first, last = x == 0, x == self.levels - 1
-        log_mass = (
+        width = 2 * half * torch.exp(-log_scale)
+        first, last = value == 0, value == self.levels - 1
+        return (
             torch.where(last, 0.0, F.logsigmoid(hi))
             + torch.where(first, 0.0, F.logsigmoid(-lo))
             + torch.where(first | last, 0.0, torch.log(-torch.expm1(-width)))
         )
-        return logits.log_softmax(1) + log_mass
+
+    def components(self, params: Float[Tensor, "B k M *n"], x: Integer[Tensor, "B c *n"]) -> Float[Tensor, "B M *n"]:
+        """log(weight x mass of the channels in `x`) of each component."""
+        masses = (self.log_mass(params, x[:, :c], x[:, c : c + 1]) for c in range(x.shape[1]))
+        return params[:, 0].log_softmax(1) + sum(masses)
 
     def log_prob(self, params: Float[Tensor, "B P *n"], x: Integer[Tensor, "B C *n"]) -> Float[Tensor, "B *n"]:
-        return self.components(params, x).logsumexp(1)
+        return self.components(full(params).unflatten(1, (sum(self.sizes), -1)), x).logsumexp(1)
 
     def pmf(self, params: Float[Tensor, "B P *n"], x: Integer[Tensor, "B c *n"]) -> Float[Tensor, "B V *n"]:
+        split = full(params).unflatten(1, (sum(self.sizes), -1))
         values = torch.arange(self.levels, device=params.device).view(-1, *[1] * (params.ndim - 2))
-        return self.components(params[:, :, None], values).logsumexp(1).exp()
+        weights = self.components(split, x).log_softmax(1)
+        return (weights[:, :, None] + self.log_mass(split[:, :, :, None], x[:, :, None], values)).logsumexp(1).exp()
