@@ -10,9 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
-    ["schema", "layers", "datasets", "records"],
-    ["likelihoods", "encoder", "prior", "decoder", "data"],
-    ["model"],
+    ["schema", "layers", "files", "formats", "records"],
+    ["likelihoods", "encoder", "prior", "decoder", "datasets"],
+    ["model", "data", "folder"],
     ["objective", "sampling"],
     ["figures"],
     ["training"],

@@ -1,5 +1,6 @@
 """What a person sees of a run: lines and a table on the terminal, pictures on disk and in W&B."""
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +10,8 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
 
-from vlae.data import EvaluationBatches, Images, generator
+from vlae.data import EvaluationBatches, Images, generator, independent_pixels
+from vlae.datasets import Part
 from vlae.figures import grid, pairs, save
 from vlae.sampling import reconstruct, sample
 
@@ -28,6 +30,36 @@ def show(metrics: dict[str, Any], closing: str) -> None:
     console = Console()
     console.print(table)
     console.print(closing, soft_wrap=True, highlight=False)
+
+
+def show_data(name: str, images: Images, folder: Path) -> None:
+    """Prints what a data set holds, and draws a grid of each split into `folder`."""
+    splits, console = images.splits, Console()
+    shape = "x".join(map(str, images.shape))
+    kind = "drawn anew each time, as Bernoulli(grey / 255)" if splits.dynamic else "fixed"
+    table = Table(
+        "split", "images", "classes", "mean", "MB", title=f"{name}: {shape} (C x H x W)", title_justify="left"
+    )
+    written = []
+    for split in ("train", "validation", "test"):
+        part: Part = getattr(splits, split)
+        top = 255 if splits.dynamic else splits.levels - 1
+        means = part.images.double().mean((0, 2, 3)) / top
+        size = sum(tensor.nbytes for tensor in part if tensor is not None) / 1e6
+        classes = "-" if part.labels is None else str(len(part.labels.unique()))
+        table.add_row(split, f"{len(part.images):,}", classes, " ".join(f"{m:.4f}" for m in means), f"{size:.1f}")
+        shuffled = EvaluationBatches(images.part(split), len(part.images), images.seed, 1, 0)
+        path = folder / f"{split}.png"
+        save(grid(next(iter(shuffled)).x[:64], splits.levels, 16), path)
+        written.append(str(path))
+    console.print(table)
+    bits = independent_pixels(splits)
+    nats = f" = {bits * math.log(2) * math.prod(images.shape):.2f} nats per image" if splits.levels == 2 else ""
+    console.print(f"levels: {splits.levels}, {kind}; means are of pixels between 0 and 1", highlight=False)
+    console.print(
+        f"independent pixels, which every model must beat: {bits:.4f} bits/dim{nats} on test", highlight=False
+    )
+    console.print(f"pictures: {', '.join(written)}", soft_wrap=True, highlight=False)
 
 
 class Pictures(Callback):

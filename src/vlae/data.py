@@ -103,12 +103,35 @@ class EvaluationBatches:
         return (take(self.part, index) for index in self.chunks)
 
 
+def sound(splits: Splits) -> Splits:
+    """The splits of a data set if they are whole numbers below `levels` in equal shapes, with a class each or none."""
+    if not isinstance(splits, Splits) or not 2 <= splits.levels <= 256 or (splits.dynamic and splits.levels != 2):
+        raise ValueError(f"data._target_ returned {splits!r:.200}, not Splits of 2 to 256 levels (2 if dynamic)")
+    shape = splits.train.images.shape[1:]
+    for name, (images, labels) in zip(("train", "validation", "test"), splits[:3], strict=True):
+        found = f"data._target_ returned for {name} images of {images.dtype} {list(images.shape)}"
+        if images.is_floating_point():
+            found += f" with {int((~images.isfinite()).sum())} values that are not finite"
+        if images.dtype != torch.uint8 or images.ndim != 4 or 0 in images.shape or images.shape[1:] != shape:
+            raise ValueError(f"{found}; uint8 [N C H W] is wanted, none of them 0, C H W the same in every split")
+        if not splits.dynamic and (top := int(images.max())) >= splits.levels:
+            raise ValueError(f"{found} with the value {top}; {splits.levels} levels are 0..{splits.levels - 1}")
+        if (labels is None) != (splits.train.labels is None):
+            raise ValueError(f"{found} {'without' if labels is None else 'with'} labels, unlike those for train")
+        if labels is not None and (labels.dtype != torch.int64 or labels.shape != images.shape[:1] or labels.min() < 0):
+            raise ValueError(f"{found} and labels of {labels.dtype} {list(labels.shape)}; int64 [N] from 0 is wanted")
+    return splits
+
+
 class Images(LightningDataModule):
     """Batches of a data set; give its Trainer `use_distributed_sampler=False`, the batches are sharded here.
 
     `dataset` is a function `root -> Splits`; `root` None is VLAE_DATA_DIR, else a cache folder.
     `batch_size` and `eval_batch_size` are per device. `train_on_validation` adds the validation images to the
-    training images and leaves no validation. `verify=False` accepts files of the set's format with other content.
+    training images and leaves no validation.
+
+    Raises:
+        ValueError: for a batch size below 1; on first use of the images, if they are not what `Splits` says.
     """
 
     def __init__(
@@ -119,7 +142,6 @@ class Images(LightningDataModule):
         eval_batch_size: int,
         seed: int,
         train_on_validation: bool = False,
-        verify: bool = True,
     ) -> None:
         super().__init__()
         for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
@@ -129,13 +151,13 @@ class Images(LightningDataModule):
             raise ValueError(f"data._target_: {dataset} is no function from the folder of the files to Splits")
         self.dataset, self.root = dataset, Path(root).expanduser() if root else default_root()
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
-        self.train_on_validation, self.verify = train_on_validation, verify
+        self.train_on_validation = train_on_validation
         self.train: TrainingBatches | None = None
 
     @cached_property
     def splits(self) -> Splits:
         """The data set as its function returns it, with train_on_validation merged into train."""
-        splits = self.dataset(self.root) if self.verify else self.dataset(self.root, verify=False)
+        splits = sound(self.dataset(self.root))
         if not self.train_on_validation:
             return splits
         (x, y), (more_x, more_y) = splits.train, splits.validation

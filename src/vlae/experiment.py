@@ -8,6 +8,8 @@ import time
 import warnings
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,6 +87,17 @@ def wandb_logger(*, mode: Literal["offline", "online", "disabled"], project: str
     return [WandbLogger(project=project, name=folder.name, save_dir=folder, offline=mode == "offline")]
 
 
+def images_for(data: dict[str, Any], seed: int, allow: tuple[str, ...]) -> Images:
+    """The data that a `data` section describes: its keys are those of `Images` and of the data set's own function."""
+    dataset = resolve(data.get("_target_"), "data", allow)
+    own = list(signature(dataset).parameters)[1:]  # the first is the root
+    settings = {key: value for key, value in data.items() if key != "_target_"}
+    chosen = {key: settings.pop(key) for key in own if key in settings}
+    check(Images, settings, "data", supplied=("dataset", "seed"), elsewhere=own)
+    check(partial(dataset, None), chosen, "data")
+    return Images(partial(dataset, **chosen), seed=seed, **settings)
+
+
 def prepare(config: dict[str, Any]) -> tuple[Settings, Images, LitVLAE]:
     """The settings, the data and a fresh model; ValueError or FileNotFoundError for what does not fit or is missing."""
     check(Settings, config, "")
@@ -92,10 +105,7 @@ def prepare(config: dict[str, Any]) -> tuple[Settings, Images, LitVLAE]:
     if asked.patience is not None and asked.patience < 1:
         raise ValueError(f"patience={asked.patience}: must be null (never stop early) or at least 1")
     allow = ("vlae.", *asked.allow)
-    dataset = resolve(asked.data.get("_target_"), "data", allow)
-    settings = {key: value for key, value in asked.data.items() if key != "_target_"}
-    check(Images, settings, "data", supplied=("dataset", "seed"))
-    images = Images(dataset, seed=asked.seed, **settings)
+    images = images_for(asked.data, asked.seed, allow)
     torch.manual_seed(asked.seed)
     model = LitVLAE(
         model=asked.model,

@@ -43,8 +43,15 @@ def resolve(target: Any, where: str, allow: Iterable[str] = ("vlae.",)) -> Calla
     return function
 
 
-def check(function: Callable[..., Any], settings: Mapping[str, Any], where: str, supplied: Iterable[str] = ()) -> None:
-    """Refuse settings that `function` cannot take; the arguments named in `supplied` are the program's own.
+def check(
+    function: Callable[..., Any],
+    settings: Mapping[str, Any],
+    where: str,
+    supplied: Iterable[str] = (),
+    elsewhere: Iterable[str] = (),
+) -> None:
+    """Refuse settings that `function` cannot take; the arguments named in `supplied` are the program's own, the keys
+    `elsewhere` allowed beside its own.
 
     Raises:
         ValueError: names `where.key`, or the key alone, the value found, and the keys or the type allowed.
@@ -57,8 +64,9 @@ def check(function: Callable[..., Any], settings: Mapping[str, Any], where: str,
     prefix = f"{where}." if where else ""
     for key, value in settings.items():
         if key not in named:
-            guess = "".join(f", did you mean {near}?" for near in get_close_matches(key, named, n=1)) or ";"
-            raise ValueError(f"{prefix}{key}={value!r}: unknown key{guess} allowed: {', '.join(named) or 'none'}")
+            allowed = [*named, *elsewhere]
+            guess = "".join(f", did you mean {near}?" for near in get_close_matches(key, allowed, n=1)) or ";"
+            raise ValueError(f"{prefix}{key}={value!r}: unknown key{guess} allowed: {', '.join(allowed) or 'none'}")
         if not fits(value, named[key].annotation):
             raise ValueError(f"{prefix}{key}={value!r}: expected {describe(named[key].annotation)}")
     for key, parameter in named.items():
