@@ -4,6 +4,9 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# nothing leaves this machine: what would be downloaded meets a closed port
+os.environ |= dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+os.environ |= dict.fromkeys(("no_proxy", "NO_PROXY"), "127.0.0.1,localhost")
 
 import numpy as np
 import pytest
@@ -18,6 +21,12 @@ torch.set_num_threads(1)  # tensors here are so small that threads only wait for
 def seed() -> None:
     np.random.seed(0)  # noqa: NPY002 (for libraries that still read the global state)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries of downloads follow at once."""
+    monkeypatch.setattr("pooch.core.time.sleep", lambda seconds: None)
 
 
 @pytest.fixture(scope="session")

@@ -250,3 +250,35 @@ def test_independent_pixels() -> None:
                 bits += [-math.log2(((column == v).sum() + 1) / (len(column) + splits.levels)) for v in seen]
         assert independent_pixels(splits) == pytest.approx(np.mean(bits), rel=1e-12)
     assert independent_pixels(digits(Path())) == pytest.approx(2.433, abs=1e-3)
+
+
+def unsound(**changes: Any) -> Splits:
+    """`toy` with another training split, or other fields."""
+    splits = toy_grey(Path())
+    part = {key: changes.pop(key) for key in ("images", "labels") if key in changes}
+    return splits._replace(train=splits.train._replace(**part), **changes)
+
+
+@pytest.mark.parametrize(
+    ("splits", "found"),
+    [
+        (
+            unsound(images=torch.full((23, 1, 3, 5), math.nan)),
+            r"train images of torch\.float32 .*345 values that are not",
+        ),
+        (unsound(images=torch.zeros(23, 3, 5, dtype=torch.uint8)), r"train images of torch\.uint8 \[23, 3, 5\]"),
+        (unsound(images=torch.zeros(0, 1, 3, 5, dtype=torch.uint8)), r"\[0, 1, 3, 5\]; .*none of them 0"),
+        (unsound(images=torch.zeros(23, 1, 3, 4, dtype=torch.uint8)), r"validation images .*the same in every split"),
+        (unsound(levels=16), r"with the value \d+; 16 levels are 0\.\.15"),
+        (unsound(levels=300), "300 levels; 2 to 256"),
+        (unsound(dynamic=True), "2 if dynamic"),
+        (unsound(labels=None), r"validation images .* with labels, unlike those for train"),
+        (unsound(labels=torch.zeros(22, dtype=torch.long)), r"labels of torch\.int64 \[22\]; int64 \[N\]"),
+        (unsound(labels=torch.zeros(23)), r"labels of torch\.float32 \[23\]"),
+        (unsound(labels=torch.full((23,), -1)), "from 0 is wanted"),
+        ((torch.zeros(3), torch.zeros(3)), "a tuple, not Splits"),
+    ],
+)
+def test_what_is_no_data_set_is_refused(splits: Any, found: str) -> None:
+    with pytest.raises(ValueError, match=r"data\._target_ returned.*" + found):
+        _ = make(dataset=lambda root: splits).splits

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Int64, UInt8
@@ -103,10 +103,12 @@ class EvaluationBatches:
         return (take(self.part, index) for index in self.chunks)
 
 
-def sound(splits: Splits) -> Splits:
+def sound(splits: Any) -> Splits:
     """The splits of a data set if they are whole numbers below `levels` in equal shapes, with a class each or none."""
-    if not isinstance(splits, Splits) or not 2 <= splits.levels <= 256 or (splits.dynamic and splits.levels != 2):
-        raise ValueError(f"data._target_ returned {splits!r:.200}, not Splits of 2 to 256 levels (2 if dynamic)")
+    if not isinstance(splits, Splits):
+        raise ValueError(f"data._target_ returned a {type(splits).__name__}, not Splits")
+    if not 2 <= splits.levels <= 256 or (splits.dynamic and splits.levels != 2):
+        raise ValueError(f"data._target_ returned {splits.levels} levels; 2 to 256 are allowed, 2 if dynamic")
     shape = splits.train.images.shape[1:]
     for name, (images, labels) in zip(("train", "validation", "test"), splits[:3], strict=True):
         found = f"data._target_ returned for {name} images of {images.dtype} {list(images.shape)}"

@@ -94,7 +94,8 @@ def reading(path: Path, remote: Remote) -> Iterator[None]:
     try:
         yield
     except (*wrong, tarfile.TarError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise ValueError(f"{path} is damaged or another file ({error}); get it from {remote.urls[0]}") from error
+        found = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} is damaged or another file ({found}); get it from {remote.urls[0]}") from error
 
 
 def bounded(read: Callable[[int], bytes]) -> bytes:
@@ -127,5 +128,5 @@ def members(path: Path) -> Iterator[tuple[str, bytes]]:
     else:
         with tarfile.open(path) as tarred:
             for entry in tarred:
-                if opened := tarred.extractfile(entry):
+                if entry.isfile() and (opened := tarred.extractfile(entry)):
                     yield entry.name, bounded(opened.read)

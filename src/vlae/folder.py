@@ -86,6 +86,15 @@ def pictures(
         return list(tqdm(pool.map(one, files), "reading", len(files), unit="picture", delay=2, disable=None))
 
 
+def drawn(x: np.ndarray, validation: float, test: float, seed: int) -> np.ndarray:
+    """0, 1 or 2 for train, validation and test; equal pictures get the same."""
+    _, group = np.unique([blake2b(one.tobytes()).digest() for one in x], return_inverse=True)
+    count = group.max() + 1
+    rank = np.random.RandomState(seed).permutation(count)[group]
+    cut = count - round(test * count)
+    return np.digitize(rank, [cut - round(validation * count), cut])
+
+
 def images(
     root: Path,
     *,
@@ -129,7 +138,7 @@ def images(
     if len(first) > 1:
         raise ValueError(f"{first[2]} is grey and {first[3]} is colour; data.channels=1 or 3 turns all into that")
     places = [file.relative_to(top).parts[:-1] for file, _ in good]
-    x = (np.stack([np.atleast_3d(one) for _, one in good]).transpose(0, 3, 1, 2).astype(int) * levels) >> 8
+    x = (np.stack([np.atleast_3d(one) for _, one in good]).transpose(0, 3, 1, 2).astype(np.uint16) * levels) >> 8
 
     named = {"train": 0, "validation": 1, "valid": 1, "val": 1, "test": 2}
     split = np.array([named.get(place[0], 3) if place else 3 for place in places])
@@ -139,17 +148,14 @@ def images(
         raise ValueError(
             f"{folder} must hold pictures in all of train, validation and test, and none beside, or in none"
         )
-    else:  # equal pictures get the same number, and with it the same split
-        _, number = np.unique([blake2b(one.tobytes()).digest() for one in x], return_inverse=True)
-        share = (np.random.RandomState(split_seed).permutation(number.max() + 1) + 0.5)[number] / (number.max() + 1)
-        split = np.where(share < test, 2, np.where(share < test + validation, 1, 0))
-    if missing := [name for k, name in enumerate(("train", "validation", "test")) if not (split == k).any()]:
-        raise ValueError(f"{len(good)} pictures in {folder} leave none for {', '.join(missing)}")
-
+    else:
+        split = drawn(x, validation, test, split_seed)
     classes = sorted({place[0] for place in places if place})
     if classes and not all(places):
         alone = next(file for (file, _), place in zip(good, places, strict=True) if not place)
         raise ValueError(f"{alone} lies beside folders of classes ({classes[0]}, ...), so that it has none")
     labels = torch.tensor([classes.index(place[0]) for place in places]) if classes else None
+    if missing := [name for k, name in enumerate(("train", "validation", "test")) if not (split == k).any()]:
+        raise ValueError(f"{len(good)} pictures in {folder} leave none for {', '.join(missing)}")
     whole = Part(torch.from_numpy(x.astype(np.uint8)), labels)
     return Splits(only(whole, split == 0), only(whole, split == 1), only(whole, split == 2), levels=levels)

@@ -1,7 +1,7 @@
 """The formats in which data sets are published: bytes to integer images and classes; ValueError for others."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from io import BytesIO
 
 import numpy as np
@@ -33,7 +33,7 @@ def amat(content: bytes) -> UInt8[Tensor, "N 1 28 28"]:
     return torch.from_numpy(bits.reshape(-1, 1, 28, 28))
 
 
-def mat(content: bytes, names: list[str]) -> Mapping[str, np.ndarray]:
+def mat(content: bytes, names: list[str]) -> dict[str, np.ndarray]:
     """The arrays `names` of a MATLAB file."""
     from scipy.io import loadmat  # a quarter of a second, and only two sets need it
 
@@ -43,7 +43,7 @@ def mat(content: bytes, names: list[str]) -> Mapping[str, np.ndarray]:
         raise ValueError(f"no MATLAB file: {error}") from error
     if missing := [name for name in names if name not in found]:
         raise ValueError(f"it has no array {', '.join(missing)}")
-    return found
+    return {name: found[name] for name in names}
 
 
 def upright(values: np.ndarray, key: str) -> UInt8[Tensor, "N 1 28 28"]:
