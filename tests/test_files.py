@@ -67,6 +67,7 @@ def test_the_next_site_is_asked(tmp_path: Path, site: Site, first: str) -> None:
     path = download(tmp_path, Remote("set", "file.bin", site(first, "good.bin"), MD5))
     assert path == tmp_path / "set" / "file.bin"
     assert path.read_bytes() == BLOB
+    assert path.stat().st_mode & 0o777 == 0o644  # others may read it
     assert left(tmp_path) == ["set", "set/file.bin"]
     asked = len(site.asked)
     assert download(tmp_path, Remote("set", "file.bin", site("good.bin"), MD5)) == path

@@ -61,6 +61,7 @@ def download(root: Path, remote: Remote) -> Path:
                 try:
                     file = Path(site.fetch(remote.name, progressbar=True))
                     check(file.read_bytes(), remote.checksum)
+                    file.chmod(0o644)  # a temporary file is its owner's alone
                     os.replace(file, path)
                     return path
                 except (OSError, ValueError) as error:  # requests raises OSErrors
