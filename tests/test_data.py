@@ -134,7 +134,7 @@ def test_lightning_takes_the_stream_for_resumable(tmp_path: Path, recwarn: pytes
 def test_another_batch_size_enters_at_the_same_place() -> None:
     data = make(batch_size=2)
     data.setup("fit")
-    data.load_state_dict({"number": 2 * 5 + 2, "per_epoch": 5})
+    data.load_state_dict({"number": 2 * 5 + 2, "per_epoch": 5, "fingerprint": data.fingerprint})
     assert data.train_dataloader().number == 2 * 11 + 4
 
 
@@ -277,8 +277,30 @@ def unsound(**changes: Any) -> Splits:
         (unsound(labels=torch.zeros(23)), r"labels of torch\.float32 \[23\]"),
         (unsound(labels=torch.full((23,), -1)), "from 0 is wanted"),
         ((torch.zeros(3), torch.zeros(3)), "a tuple, not Splits"),
+        (unsound(images=np.zeros((23, 1, 3, 5), np.uint8)), "for train Part of ndarray of Tensor, not a Part"),
+        (unsound(labels=list(range(23))), "for train Part of Tensor of list, not a Part"),
+        (unsound(validation=None), "for validation NoneType, not a Part"),
+        (unsound(test=torch.zeros(3, 1, 3, 5)), "for test Tensor, not a Part"),
+        (unsound(levels=2.5), "levels=2.5, not an int"),
+        (unsound(levels="2"), "levels='2', not an int"),
     ],
 )
 def test_what_is_no_data_set_is_refused(splits: Any, found: str) -> None:
     with pytest.raises(ValueError, match=r"data\._target_ returned.*" + found):
         _ = make(dataset=lambda root: splits).splits
+
+
+def test_other_images_are_refused_on_resume(tmp_path: Path) -> None:
+    def one_more(root: Path) -> Splits:
+        splits = toy_grey(root)
+        return splits._replace(test=Part(*(torch.cat([tensor, tensor[:1]]) for tensor in splits.test)))
+
+    def fit(dataset: Any, epochs: int, **more: Any) -> None:
+        trainer = Trainer(max_epochs=epochs, logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+        trainer.fit(Recorder(), make(dataset=dataset), weights_only=True, **more)
+
+    fit(toy_grey, 1)
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    fit(toy_grey, 2, ckpt_path=checkpoint)
+    with pytest.raises(ValueError, match="not those that training began with"):
+        fit(one_more, 3, ckpt_path=checkpoint)

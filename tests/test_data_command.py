@@ -48,6 +48,21 @@ def test_other_sets(told, data: str, tmp_path: Path) -> None:  # type: ignore[no
     assert ("nats per image" in out) == (data in ("omniglot_original", "caltech101"))  # of two levels
 
 
+def test_settings_may_stand_behind_an_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_files(tmp_path)
+    monkeypatch.chdir(ROOT)
+    folder = str(tmp_path / "drawn")
+    monkeypatch.setattr(sys, "argv", ["vlae", "data", "-o", folder, "images", *overrides("images", tmp_path)])
+    run_module("vlae", run_name="__main__")
+    assert "3x8x32" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["vlae", "data", "digits", "--colour"])
+    with pytest.raises(SystemExit, match="2"):
+        run_module("vlae", run_name="__main__")
+    assert "unknown: --colour" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "found"),
     [

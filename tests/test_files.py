@@ -4,13 +4,15 @@ import gzip
 import hashlib
 import io
 import lzma
+import subprocess
+import sys
 import tarfile
 import zipfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Barrier, Thread
+from threading import Event, Thread
 
 import pytest
 
@@ -22,11 +24,13 @@ MD5 = "md5:" + hashlib.md5(BLOB).hexdigest()
 
 
 class Site(ThreadingHTTPServer):
-    """Serves /good.bin, /other.bin (wrong content), /cut.bin (connection lost halfway), /busy.bin (503 twice)."""
+    """Serves /good.bin, /other.bin (wrong content), /cut.bin (connection lost halfway), /busy.bin (503 twice), and
+    /slow.bin, which pauses `halfway` until it may `go_on`."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked: list[str] = []
+        self.halfway, self.go_on = Event(), Event()
 
     def __call__(self, *names: str) -> tuple[str, ...]:
         return tuple(f"http://127.0.0.1:{self.server_port}/{name}" for name in names)
@@ -44,7 +48,14 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content[:100] if self.path == "/cut.bin" else content)
+        half = len(content) // 2
+        self.wfile.write(content[:half])
+        if self.path == "/slow.bin":
+            self.server.halfway.set()
+            self.server.go_on.wait()
+        if self.path != "/cut.bin":
+            with suppress(ConnectionError):  # the other side was killed
+                self.wfile.write(content[half:])
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -87,27 +98,36 @@ def test_nothing_is_left_of_a_failure(tmp_path: Path, site: Site, checksum: str)
     assert left(tmp_path) == ["set"]
     said = str(error.value)
     assert all(url in said for url in urls)
-    assert all(word in said for word in ("file.bin", str(tmp_path / "set"), "404", "ConnectionError", "data.root"))
+    words = ("file.bin", str(tmp_path / "set"), "404", "another file, by its checksum", "ConnectionError", "data.root")
+    assert all(word in said for word in words)
+
+
+def start(root: Path, url: str) -> subprocess.Popen[bytes]:
+    """A process that downloads."""
+    call = f"download(Path({str(root)!r}), Remote('set', 'file.bin', ({url!r},), {MD5!r}))"
+    code = f"from pathlib import Path; from vlae.files import Remote, download; {call}"
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path, site: Site) -> None:
-    part = tmp_path / "set" / ".file.bin.part"
-    part.mkdir(parents=True)
-    (part / "half").write_bytes(BLOB[:10])
+    process = start(tmp_path, *site("slow.bin"))
+    assert site.halfway.wait(60)
+    process.kill()
+    process.wait()
+    site.go_on.set()
+    assert any(".file.bin.part/" in name for name in left(tmp_path))
+    assert "set/file.bin" not in left(tmp_path)
     download(tmp_path, Remote("set", "file.bin", site("good.bin"), MD5))
     assert left(tmp_path) == ["set", "set/file.bin"]
 
 
-def test_one_downloads_and_the_others_wait(tmp_path: Path, site: Site) -> None:
-    together = Barrier(4)
-
-    def one(_: int) -> Path:
-        together.wait()
-        return download(tmp_path, Remote("set", "file.bin", site("good.bin"), MD5))
-
-    with ThreadPoolExecutor(4) as pool:
-        assert {path.read_bytes() for path in pool.map(one, range(4))} == {BLOB}
-    assert site.asked == ["/good.bin"]
+def test_one_process_downloads_and_the_others_wait(tmp_path: Path, site: Site) -> None:
+    processes = [start(tmp_path, *site("slow.bin")) for _ in range(3)]
+    assert site.halfway.wait(60)
+    site.go_on.set()
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert site.asked == ["/slow.bin"]
+    assert (tmp_path / "set" / "file.bin").read_bytes() == BLOB
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, site: Site) -> None:

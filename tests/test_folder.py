@@ -52,7 +52,8 @@ def test_pictures_of_the_right_size_are_taken_as_they_are(tmp_path: Path, shape:
     fill(tmp_path / ".hidden", 2)
     (tmp_path / "deep" / "._000.png").write_bytes(b"a Mac's")
     (tmp_path / "notes.txt").write_text("no picture")
-    splits = read(tmp_path)
+    with pytest.warns(UserWarning, match=r"left out 1 files of other kinds: \.txt"):
+        splits = read(tmp_path)
     assert [len(part.images) for part in splits[:3]] == [16, 2, 2]
     assert splits.train.images.shape[1:] == (shape[2] if len(shape) > 2 else 1, 6, 9)
     assert sorted(every(splits)) == flat(arrays)
@@ -112,7 +113,28 @@ def test_folders_are_classes(tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("validation", ["validation", "valid", "val"])
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    arrays = fill(tmp_path / "elsewhere" / "cats", 5) + fill(tmp_path / "here" / "dogs", 15)
+    (tmp_path / "here" / "cats").symlink_to(tmp_path / "elsewhere" / "cats")
+    (tmp_path / "here" / "dogs" / "back").symlink_to(tmp_path / "here")
+    (tmp_path / "here" / "dogs" / "again").symlink_to(tmp_path / "here" / "dogs")
+    splits = read(tmp_path / "here")
+    assert sorted(every(splits)) == flat(arrays)
+    assert sorted(torch.cat([part.labels for part in splits[:3]]).tolist()) == [0] * 5 + [1] * 15
+    (tmp_path / "here" / "dogs" / "gone.png").symlink_to(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"1 of 21 pictures .*gone\.png"):
+        read(tmp_path / "here")
+
+
+def test_a_picture_in_two_splits_of_one_s_own(tmp_path: Path) -> None:
+    for name in ("train", "val", "test"):
+        fill(tmp_path / name, 3)
+    (tmp_path / "test" / "same.png").write_bytes((tmp_path / "train" / "000.png").read_bytes())
+    with pytest.warns(UserWarning, match="1 pictures lie in more than one of its splits"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("validation", ["validation", "valid", "Val"])
 def test_splits_of_one_s_own(tmp_path: Path, validation: str) -> None:
     arrays = [fill(tmp_path / name / "x", n) for name, n in (("train", 5), (validation, 3), ("test", 2))]
     more = [fill(tmp_path / name / "y", n) for name, n in (("train", 1), (validation, 1), ("test", 1))]
@@ -129,6 +151,23 @@ def test_the_seed_draws_the_splits(tmp_path: Path) -> None:
     assert one.train.labels is None
     counts = [len(part.images) for part in read(tmp_path, validation=0.2, test=0.3)[:3]]
     assert counts == [25, 10, 15]
+
+
+def test_splits_do_not_depend_on_what_is_made_of_the_pictures(tmp_path: Path) -> None:
+    fill(tmp_path, 60)
+    sets = [{}, {"levels": 128}, {"height": 5, "width": 7}, {"channels": 1}]
+    labels = []
+    for settings in sets:
+        for number in range(60):  # a class for each picture, so that labels tell which is where
+            path = tmp_path / f"{number:03d}.png"
+            if path.exists():
+                (tmp_path / f"{number:03d}").mkdir()
+                path.rename(tmp_path / f"{number:03d}" / "x.png")
+        labels.append([part.labels.tolist() for part in read(tmp_path, **settings)[:3]])
+    assert labels == labels[:1] * len(sets)
+    fill(tmp_path / "more", 1)  # another picture moves at most one across each cut
+    train, validation, test = (set(part.labels.tolist()) - {60} for part in read(tmp_path)[:3])
+    assert len(set(labels[0][0]) - train) + len(set(labels[0][1]) - validation) + len(set(labels[0][2]) - test) <= 2
 
 
 def test_equal_pictures_never_cross_splits(tmp_path: Path) -> None:
@@ -274,11 +313,14 @@ def layout(*names: str) -> Callable[[Path], None]:
         (layout(), {}, "no picture among its 0 files"),
         (lambda folder: (folder / "a.txt").write_text("x") and None, {}, "no picture among its 1 files; .*jpeg"),
         (layout("a", ""), {}, r"000\.png lies beside folders of classes \(a, \.\.\.\)"),
-        (layout("train", "test"), {}, "must hold pictures in all of train, validation and test"),
-        (layout("train", "val", "test", ""), {}, "all of train, validation and test, and none beside"),
+        (layout("train", "test"), {}, "must hold pictures in all of train, validation"),
+        (layout("train", "val", "test", ""), {}, r"train, validation \(or val, valid\) and test, and none beside"),
+        (layout("Train", "Test"), {}, "must hold pictures in all of train"),
+        (layout("deep/train", "deep/val", "deep/test"), {}, "or in no folder of such a name"),
         (layout(""), {}, "3 pictures in .* leave none for validation, test"),
         (layout(""), {"validation": 0.5, "test": 0.5}, r"data\.validation=0\.5, test=0\.5"),
         (layout(""), {"test": 0.0}, r"test=0\.0"),
+        (layout(""), {"validation": float("nan")}, r"data\.validation=nan"),
         (layout(""), {"height": 0}, r"data\.height=0"),
         (layout(""), {"levels": 257}, "levels=257"),
     ],

@@ -57,7 +57,11 @@ def main() -> None:
     command.add_argument("folder", type=Path, metavar="RUN", help="a finished run's folder")
     command.add_argument("name", metavar="NAME", help="of weights/NAME.safetensors")
     command.set_defaults(run=export)
-    arguments = parser.parse_args()
+    arguments, more = parser.parse_known_args()
+    if more and not (hasattr(arguments, "overrides") and all("=" in text and text[0] != "-" for text in more)):
+        parser.error(f"unknown: {' '.join(more)}")
+    if more:
+        arguments.overrides += more  # those that stand behind an option
     try:
         arguments.run(arguments)  # imports come there, so that --help does not wait for torch
     except (ValueError, FileNotFoundError) as error:

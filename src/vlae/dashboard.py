@@ -44,7 +44,7 @@ def show_data(name: str, images: Images, folder: Path) -> None:
     for split in ("train", "validation", "test"):
         part: Part = getattr(splits, split)
         top = 255 if splits.dynamic else splits.levels - 1
-        means = part.images.double().mean((0, 2, 3)) / top
+        means = part.images.sum((0, 2, 3)) / (part.images[:, 0].numel() * top)
         size = sum(tensor.nbytes for tensor in part if tensor is not None) / 1e6
         classes = "-" if part.labels is None else str(len(part.labels.unique()))
         table.add_row(split, f"{len(part.images):,}", classes, " ".join(f"{m:.4f}" for m in means), f"{size:.1f}")

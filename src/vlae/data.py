@@ -107,6 +107,13 @@ def sound(splits: Any) -> Splits:
     """The splits of a data set if they are whole numbers below `levels` in equal shapes, with a class each or none."""
     if not isinstance(splits, Splits):
         raise ValueError(f"data._target_ returned a {type(splits).__name__}, not Splits")
+    for name, part in zip(Splits._fields, splits[:3], strict=False):
+        kinds = [type(part).__name__, *(type(one).__name__ for one in (part if isinstance(part, Part) else ()))]
+        if kinds not in (["Part", "Tensor", "Tensor"], ["Part", "Tensor", "NoneType"]):
+            found = " of ".join(kinds)
+            raise ValueError(f"data._target_ returned for {name} {found}, not a Part of Tensor and Tensor or None")
+    if type(splits.levels) is not int:
+        raise ValueError(f"data._target_ returned levels={splits.levels!r}, not an int")
     if not 2 <= splits.levels <= 256 or (splits.dynamic and splits.levels != 2):
         raise ValueError(f"data._target_ returned {splits.levels} levels; 2 to 256 are allowed, 2 if dynamic")
     shape = splits.train.images.shape[1:]
@@ -218,16 +225,28 @@ class Images(LightningDataModule):
         uniform = torch.rand((world, *batch.x.shape), generator=noise, device=batch.x.device)
         return batch._replace(x=draw(batch.x, uniform[rank]))
 
-    def state_dict(self) -> dict[str, int]:
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all images and classes: another one, other data."""
+        content = hashlib.blake2b(digest_size=8)
+        for tensor in (tensor for part in self.splits[:3] for tensor in part if tensor is not None):
+            content.update(repr(tensor.shape).encode() + tensor.contiguous().numpy().data)
+        return content.hexdigest()
+
+    def state_dict(self) -> dict[str, Any]:
         """The place in the training batches; a batch handed out but not trained on (interrupted) comes again."""
         if self.train is None or self.trainer is None:
             return {}
         step = self.trainer.fit_loop.epoch_loop.batch_progress.current
         started = step.ready - step.processed  # type: ignore[attr-defined]
-        return {"number": self.train.number - started, "per_epoch": len(self.train)}
+        place = {"number": self.train.number - started, "per_epoch": len(self.train)}
+        return {**place, "fingerprint": self.fingerprint}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """ValueError where training began on other images."""
         if self.train is not None:
+            if state_dict["fingerprint"] != self.fingerprint:
+                raise ValueError(f"the images below {self.root} or data.folder are not those that training began with")
             # the same place also with another batch size or another number of devices
             self.train.number = state_dict["number"] * len(self.train) // state_dict["per_epoch"]
 
@@ -240,5 +259,8 @@ def independent_pixels(splits: Splits) -> float:
         ink = (train.double().sum(1) / 255 + 1) / (train.shape[1] + 2)
         seen = test.double().mean(1) / 255
         return -(seen * ink.log2() + (1 - seen) * (1 - ink).log2()).mean().item()
-    count = torch.stack([torch.bincount(pixel, minlength=splits.levels) for pixel in train]).double() + 1
-    return -(count / count.sum(1, keepdim=True)).log2().gather(1, test.long()).mean().item()
+    bits = 0.0
+    for pixel, scored in zip(train, test, strict=True):  # one by one: the values of a split as floats may not fit
+        count = torch.bincount(pixel, minlength=splits.levels).double() + 1
+        bits -= (torch.bincount(scored, minlength=splits.levels) * (count / count.sum()).log2()).sum().item()
+    return bits / test.numel()

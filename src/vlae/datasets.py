@@ -45,6 +45,8 @@ def only(part: Part, chosen: Sequence[bool] | np.ndarray) -> Part:
 
 def held_out(part: Part, share: float, seed: int) -> tuple[Part, Part]:
     """A split without a share of it that the seed draws, and that share."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"data.split_seed={seed}: must be from 0 to 2**32 - 1")
     rank = np.random.RandomState(seed).permutation(len(part.images))  # its streams are frozen, unlike default_rng's
     out = rank < round(share * len(rank))
     return only(part, ~out), only(part, out)
@@ -198,7 +200,8 @@ def cifar10(root: Path, verify: bool = True) -> Splits:
     names = ["cifar-10-batches-bin", *(f"cifar-10-binary{end}" for end in ARCHIVES)]
     path = find(root, ("", "cifar10"), names, remote)
     with reading(path, remote):
-        found = {name.rsplit("/", 1)[-1]: content for name, content in members(path)}
+        named = ((name.rsplit("/", 1)[-1], content) for name, content in members(path))
+        found = {name: content for name, content in named if name in CIFAR10}
         if missing := [name for name in CIFAR10 if name not in found]:
             raise ValueError(f"it has no {', '.join(missing)}")
         if verify:

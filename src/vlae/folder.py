@@ -4,6 +4,7 @@ import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from vlae.datasets import Part, Splits, only
 
+SPLITS = {"train": 0, "validation": 1, "valid": 1, "val": 1, "test": 2}
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
 
 
@@ -26,13 +28,28 @@ def listed(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise ValueError(f"data.folder={folder}: no such folder")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    visible = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    found = [path for path in visible if path.suffix.lower() in SUFFIXES]
+
+    def unreadable(error: OSError) -> None:
+        raise ValueError(f"data.folder={folder}: {error}") from error
+
+    files: list[Path] = []
+    seen = {os.path.realpath(folder)}
+    for place, inner, names in os.walk(folder, onerror=unreadable, followlinks=True):
+        real = {name: os.path.realpath(Path(place, name)) for name in sorted(inner) if not name.startswith(".")}
+        inner[:] = [name for name, path in real.items() if path not in seen]  # a link back up would never end
+        seen |= set(real.values())
+        files += [Path(place, name) for name in names if not name.startswith(".")]
+    files.sort(key=lambda path: path.relative_to(folder).as_posix())
+    found = [path for path in files if path.suffix.lower() in SUFFIXES]
     if not found:
         raise ValueError(
-            f"data.folder={folder}: no picture among its {len(visible)} files; "
+            f"data.folder={folder}: no picture among its {len(files)} files; "
             f"they are told by {', '.join(sorted(SUFFIXES))}"
+        )
+    if len(found) < len(files):
+        others = sorted({path.suffix for path in files} - {path.suffix for path in found})
+        warnings.warn(
+            f"{folder}: left out {len(files) - len(found)} files of other kinds: {', '.join(others)}", stacklevel=2
         )
     return found
 
@@ -50,23 +67,26 @@ def picture(
         with Image.open(path, formats=["PNG", "JPEG", "TIFF"]) as image:
             if image.width * image.height > (Image.MAX_IMAGE_PIXELS or np.inf):
                 raise ValueError(f"{image.width} x {image.height} pixels; at most {Image.MAX_IMAGE_PIXELS:,} in all")
-            bits = {"PNG": path.open("rb").read(25)[24:], "TIFF": getattr(image, "tag_v2", {}).get(258, ())}
+            with path.open("rb") as file:  # Pillow makes 8 bits of a PNG's 16 without a word
+                bits = {"PNG": file.read(25)[24:], "TIFF": getattr(image, "tag_v2", {}).get(258, ())}
             if max(bits.get(str(image.format), (8,)), default=1) > 8 or image.mode.startswith(("I", "F")):
                 raise ValueError("more than 8 bits a value; convert it to 8")
             if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # a phone's JPEG with a preview is fine
                 raise ValueError(f"{image.n_frames} pages; one picture a file")  # type: ignore[attr-defined]
             # a JPEG is decoded at a fraction of its size, no less than twice what is wanted
             image.draft(image.mode, (2 * max(height, width),) * 2)
-            upright = ImageOps.exif_transpose(image)
-        if upright.has_transparency_data:
-            lowest, _ = upright.convert("RGBA").getchannel("A").getextrema()
-            if lowest < 255:  # type: ignore[operator]
-                raise ValueError("an alpha channel with transparent pixels; lay it on a background")
-        modes = {"1": "L", "L": "L", "LA": "L", "P": "RGB", "PA": "RGB", "RGB": "RGB", "RGBA": "RGB"}
-        if upright.mode not in modes:
-            raise ValueError(f"mode {upright.mode}; grey or RGB is wanted")
-        mode = {None: modes[upright.mode], 1: "L", 3: "RGB"}[channels]
-        return np.asarray(ImageOps.fit(upright.convert(mode), (width, height), Image.Resampling.LANCZOS))
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.has_transparency_data:
+                lowest, _ = image.convert("RGBA").getchannel("A").getextrema()
+                if lowest < 255:  # type: ignore[operator]
+                    raise ValueError("an alpha channel with transparent pixels; lay it on a background")
+            modes = {"1": "L", "L": "L", "LA": "L", "P": "RGB", "PA": "RGB", "RGB": "RGB", "RGBA": "RGB"}
+            if image.mode not in modes:
+                raise ValueError(f"mode {image.mode}; convert it to grey or RGB")
+            mode = {None: modes[image.mode], 1: "L", 3: "RGB"}[channels]
+            fitting = image if image.mode == mode else image.convert(mode)  # copies of a photograph are large
+            return np.asarray(ImageOps.fit(fitting, (width, height), Image.Resampling.LANCZOS))
     except Exception as error:  # a broken file provokes errors of every kind in Pillow
         raise ValueError(f"{path}: {error or type(error).__name__}") from error
 
@@ -74,7 +94,7 @@ def picture(
 def pictures(
     files: list[Path], height: int, width: int, channels: Literal[1, 3] | None
 ) -> list[UInt8[np.ndarray, "height width *rgb"] | ValueError]:
-    """Each `picture`, or what is wrong with it, by as many threads as there are processors."""
+    """Each `picture`, or what is wrong with it, by several threads."""
 
     def one(path: Path) -> UInt8[np.ndarray, "height width *rgb"] | ValueError:
         try:
@@ -82,17 +102,19 @@ def pictures(
         except ValueError as error:
             return error
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # each may hold a large photograph
         return list(tqdm(pool.map(one, files), "reading", len(files), unit="picture", delay=2, disable=None))
 
 
-def drawn(x: np.ndarray, validation: float, test: float, seed: int) -> np.ndarray:
-    """0, 1 or 2 for train, validation and test; equal pictures get the same."""
-    _, group = np.unique([blake2b(one.tobytes()).digest() for one in x], return_inverse=True)
-    count = group.max() + 1
-    rank = np.random.RandomState(seed).permutation(count)[group]
+def drawn(equal: list[str], validation: float, test: float, seed: int) -> np.ndarray:
+    """0, 1 or 2 for train, validation and test of each picture, from the name of the first that equals it.
+
+    So no picture lies in two splits, and size, levels or a few more pictures move hardly any to another.
+    """
+    keys = sorted({name: blake2b(f"{seed}/{name}".encode()).digest() for name in equal}.items(), key=itemgetter(1))
+    rank, count = {name: k for k, (name, _) in enumerate(keys)}, len(keys)
     cut = count - round(test * count)
-    return np.digitize(rank, [cut - round(validation * count), cut])
+    return np.digitize([rank[name] for name in equal], [cut - round(validation * count), cut])
 
 
 def images(
@@ -112,9 +134,9 @@ def images(
 
     Each is cropped around its middle to the shape height x width, resized, and its 256 levels merged into `levels` of
     equal width. `channels` None: as the pictures are, all grey or all colour; 1 or 3 turns them into that.
-    Sub-folders are classes. `split_seed` draws the shares `validation` and `test`, equal pictures into one split; or
-    the folder holds `train`, `validation` and `test`, each with the pictures or classes. `skip_unreadable` leaves out
-    the pictures that it would refuse, with a warning that counts them.
+    Sub-folders are classes. `split_seed` draws the shares `validation` and `test`, pictures of equal pixels into one
+    split; or the folder holds `train`, `validation` and `test`, each with the pictures or classes. `skip_unreadable`
+    leaves out the pictures that it would refuse, with a warning that counts them.
 
     Raises:
         ValueError: names the folder or the first picture that does not fit, and what is wrong with it.
@@ -124,7 +146,7 @@ def images(
         raise ValueError(
             f"data.height={height}, width={width}, levels={levels}: sizes of at least 1, levels of 2 to 256"
         )
-    if min(validation, test) <= 0 or validation + test >= 1:
+    if not (validation > 0 and test > 0 and validation + test < 1):
         raise ValueError(f"data.validation={validation}, test={test}: shares above 0 that leave a rest to train on")
     files = listed(top)
     made = pictures(files, height, width, channels)
@@ -138,24 +160,33 @@ def images(
     if len(first) > 1:
         raise ValueError(f"{first[2]} is grey and {first[3]} is colour; data.channels=1 or 3 turns all into that")
     places = [file.relative_to(top).parts[:-1] for file, _ in good]
-    x = (np.stack([np.atleast_3d(one) for _, one in good]).transpose(0, 3, 1, 2).astype(np.uint16) * levels) >> 8
+    names = [file.relative_to(top).as_posix() for file, _ in good]
+    x = np.stack([np.atleast_3d(one) for _, one in good]).transpose(0, 3, 1, 2)
+    del made, good
+    np.take((np.arange(256) * levels >> 8).astype(np.uint8), x, out=x)
+    # of pictures with the same pixels, the first
+    pixels = [blake2b(one.tobytes()).digest() for one in x]
+    first_of = dict(zip(reversed(pixels), reversed(names), strict=True))
 
-    named = {"train": 0, "validation": 1, "valid": 1, "val": 1, "test": 2}
-    split = np.array([named.get(place[0], 3) if place else 3 for place in places])
+    split = np.array([SPLITS.get(place[0].lower(), 3) if place else 3 for place in places])
     if set(split) == {0, 1, 2}:
         places = [place[1:] for place in places]
-    elif split.min() < 3:
+        if twice := len(set(zip(pixels, split, strict=True))) - len(first_of):
+            warnings.warn(f"{folder}: {twice:,} pictures lie in more than one of its splits", stacklevel=2)
+    elif split.min() < 3 or any(name.lower() in SPLITS for place in places for name in place):
         raise ValueError(
-            f"{folder} must hold pictures in all of train, validation and test, and none beside, or in none"
+            f"{folder} must hold pictures in all of train, validation (or val, valid) and test, and none beside, "
+            "or in no folder of such a name"
         )
     else:
-        split = drawn(x, validation, test, split_seed)
+        split = drawn([first_of[one] for one in pixels], validation, test, split_seed)
     classes = sorted({place[0] for place in places if place})
     if classes and not all(places):
-        alone = next(file for (file, _), place in zip(good, places, strict=True) if not place)
-        raise ValueError(f"{alone} lies beside folders of classes ({classes[0]}, ...), so that it has none")
-    labels = torch.tensor([classes.index(place[0]) for place in places]) if classes else None
-    if missing := [name for k, name in enumerate(("train", "validation", "test")) if not (split == k).any()]:
-        raise ValueError(f"{len(good)} pictures in {folder} leave none for {', '.join(missing)}")
-    whole = Part(torch.from_numpy(x.astype(np.uint8)), labels)
+        alone = next(name for name, place in zip(names, places, strict=True) if not place)
+        raise ValueError(f"{top / alone} lies beside folders of classes ({classes[0]}, ...), so that it has none")
+    number = {name: k for k, name in enumerate(classes)}
+    labels = torch.tensor([number[place[0]] for place in places]) if classes else None
+    if missing := [name for k, name in enumerate(Splits._fields[:3]) if not (split == k).any()]:
+        raise ValueError(f"{len(x)} pictures in {folder} leave none for {', '.join(missing)}")
+    whole = Part(torch.from_numpy(x), labels)
     return Splits(only(whole, split == 0), only(whole, split == 1), only(whole, split == 2), levels=levels)
