@@ -13,11 +13,12 @@ FLOORS = [
     ["schema", "layers", "files", "formats", "records"],
     ["likelihoods", "encoder", "prior", "decoder", "datasets"],
     ["model", "data", "folder"],
-    ["objective", "sampling"],
+    ["objective", "sampling", "evaluation", "codes"],
     ["figures"],
-    ["training"],
+    ["training", "gallery"],
     ["dashboard"],
     ["experiment"],
+    ["commands"],
     ["__main__"],
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -5,21 +5,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .codes import encode
     from .data import Images
+    from .evaluation import log_likelihood
     from .model import VLAE, Terms, build, load
-    from .sampling import reconstruct, sample
+    from .sampling import complete, interpolate, reconstruct, sample
     from .training import LitVLAE
 
-__all__ = ["VLAE", "Images", "LitVLAE", "Terms", "build", "load", "reconstruct", "sample"]
+__all__ = [
+    "VLAE",
+    "Images",
+    "LitVLAE",
+    "Terms",
+    "build",
+    "complete",
+    "encode",
+    "interpolate",
+    "load",
+    "log_likelihood",
+    "reconstruct",
+    "sample",
+]
 __version__ = "0.1.0"
 
 # Waiting threads that spin make shared cores many times slower; torch reads this once, as it starts.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 _HOMES = {
+    "codes": ["encode"],
     "data": ["Images"],
+    "evaluation": ["log_likelihood"],
     "model": ["VLAE", "Terms", "build", "load"],
-    "sampling": ["reconstruct", "sample"],
+    "sampling": ["complete", "interpolate", "reconstruct", "sample"],
     "training": ["LitVLAE"],
 }
 

@@ -1,7 +1,6 @@
-"""Commands beside training: `python -m vlae data NAME`, `python -m vlae export RUN NAME`."""
+"""`python -m vlae COMMAND`: what is there beside training."""
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,31 +38,57 @@ def data(arguments: argparse.Namespace) -> None:
     show_data(arguments.name, images, arguments.output or Path("runs") / "data" / arguments.name)
 
 
-def export(arguments: argparse.Namespace) -> None:
-    from vlae.experiment import export
+def trained(arguments: argparse.Namespace) -> None:
+    from vlae import commands
 
-    export(arguments.folder, arguments.name, shlex.join(["python", "-m", "vlae", *sys.argv[1:]]))
+    settings = {key: value for key, value in vars(arguments).items() if key not in ("call", "command", "model")}
+    getattr(commands, arguments.command)(arguments.model, **settings)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m vlae", description="Commands beside training.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser = argparse.ArgumentParser(prog="python -m vlae", description="Data sets and trained models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     command = commands.add_parser("data", help="what a data set holds, and pictures of each split")
     command.add_argument("name", metavar="NAME", help="of conf/data/NAME.yaml")
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as data.root=FOLDER")
     command.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="of the pictures: runs/data/NAME")
-    command.set_defaults(run=data)
-    command = commands.add_parser("export", help="weights in half precision with a card and test figures")
-    command.add_argument("folder", type=Path, metavar="RUN", help="a finished run's folder")
-    command.add_argument("name", metavar="NAME", help="of weights/NAME.safetensors")
-    command.set_defaults(run=export)
+    command.set_defaults(call=data)
+    for name, text in (
+        ("evaluate", "log p(x) by importance sampling: a table, and evaluate.json"),
+        ("sample", "pictures of what a model makes up"),
+        ("reconstruct", "pictures and figures of what its codes keep of images"),
+        ("encode", "codes of images: codes.npz with mean, scale, rate and labels"),
+        ("export", "weights in half precision with a card and test figures"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.set_defaults(call=trained)
+        command.add_argument(
+            "model", metavar="RUN", help="a run's folder, a checkpoint in it, or shipped weights by name"
+        )
+        if name == "export":
+            command.add_argument("name", metavar="NAME", help="of weights/NAME.safetensors")
+            continue
+        if name in ("reconstruct", "encode"):
+            text = "train, validation, test (default), or a picture or folder of pictures of the model's size"
+            command.add_argument("source", nargs="?", default="test", metavar="IMAGES", help=text)
+        if name == "evaluate":
+            command.add_argument("--split", default="test", help="train, validation or test (default)")
+            command.add_argument("--samples", type=int, default=4096, help="codes an image (default 4096)")
+            command.add_argument("--batch", type=int, help="images x samples at once")
+        else:
+            command.add_argument("-o", "--output", type=Path, help="where to write, instead of beside the run")
+        if name != "sample":
+            text = "what shipped weights were trained on, if not what they are named after"
+            command.add_argument("--data", metavar="NAME", help=text)
+        if name in ("sample", "reconstruct"):
+            command.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     arguments, more = parser.parse_known_args()
     if more and not (hasattr(arguments, "overrides") and all("=" in text and text[0] != "-" for text in more)):
         parser.error(f"unknown: {' '.join(more)}")
     if more:
         arguments.overrides += more  # those that stand behind an option
     try:
-        arguments.run(arguments)  # imports come there, so that --help does not wait for torch
+        arguments.call(arguments)  # imports come there, so that --help does not wait for torch
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())}")
 

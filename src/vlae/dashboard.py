@@ -1,19 +1,20 @@
 """What a person sees of a run: lines and a table on the terminal, pictures on disk and in W&B."""
 
 import math
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
 
-from vlae.data import EvaluationBatches, Images, generator, independent_pixels
+from vlae.data import EvaluationBatches, Images, independent_pixels
 from vlae.datasets import Part
-from vlae.figures import grid, pairs, save
-from vlae.sampling import reconstruct, sample
+from vlae.figures import grid, save
+from vlae.gallery import PICTURES, draw, plot
 
 UNITS = {"rate": "nats", "distortion": "nats", "nelbo": "nats, bound", "bits_per_dim": "bound"}
 
@@ -63,39 +64,36 @@ def show_data(name: str, images: Images, folder: Path) -> None:
 
 
 class Pictures(Callback):
-    """After each validation a line of figures; samples, and originals over reconstructions, with the averaged weights.
+    """After each validation a line of figures, samples and reconstructions, after the test every picture of
+    `vlae.gallery`: as files and in W&B, with the averaged weights.
 
     The same noise each time, so that a picture changes with the weights alone. Must stand before the averaging
     callback.
     """
 
-    def __init__(self, folder: Path, images: Images, number: int = 32):
-        self.folder, self.images, self.number = folder, images, number
+    def __init__(self, folder: Path, images: Images):
+        self.folder, self.images = folder, images
 
-    @torch.no_grad()
-    def draw(self, trainer: Trainer, module: LightningModule, split: Literal["validation", "test"]) -> None:
+    def draw(
+        self, trainer: Trainer, module: LightningModule, split: Literal["validation", "test"], names: Iterable[str]
+    ) -> None:
         if not trainer.is_global_zero:
             return
-        model, device = module.model, module.device
-        part = self.images.part(split)
-        x = next(iter(EvaluationBatches(part, self.number, self.images.seed, 1, 0))).x.to(device)[: self.number]
-        noise = generator("pictures", self.images.seed)
-        eps = torch.randn(2, len(x), module.code, generator=noise).to(device)  # type: ignore[arg-type]
-        uniform = torch.rand(2, *x.shape, generator=noise).to(device)
-        drawn = {
-            "samples": sample(model, eps[0], uniform[0]),
-            "reconstructions": pairs(x, reconstruct(model, x, eps[1], uniform[1]), 8),
-        }
-        for name, pictures in drawn.items():
-            picture = grid(pictures, self.images.levels, 8)
-            save(picture, self.folder / f"{name}.png")
+        part, model, seed = self.images.part(split), module.model, self.images.seed
+        fair = next(iter(EvaluationBatches(part, min(1000, len(part.images)), seed, 1, 0)))
+        x = fair.x.to(module.device).long()
+        pictures: dict[str, Any] = dict(draw(model, x, names, seed, self.folder))  # type: ignore[arg-type]
+        if split == "test":
+            with suppress(ImportError):  # no matplotlib
+                pictures |= {path.stem: str(path) for path in plot(model, x, seed, self.folder)}  # type: ignore[arg-type]
+        for name, picture in pictures.items():
             for logger in trainer.loggers:
                 if hasattr(logger, "log_image"):  # W&B; uint8, as it draws floats in [0, 1] black
                     logger.log_image(f"pictures/{name}", [picture])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            self.draw(trainer, pl_module, "validation")
+            self.draw(trainer, pl_module, "validation", ["samples", "reconstructions"])
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and not trainer.sanity_checking:
@@ -107,4 +105,4 @@ class Pictures(Callback):
             )
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.draw(trainer, pl_module, "test")
+        self.draw(trainer, pl_module, "test", PICTURES)

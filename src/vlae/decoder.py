@@ -42,7 +42,7 @@ class PixelCNN(nn.Module):
         ValueError: for a bad window or a size below 1.
     """
 
-    offsets: Tensor
+    neighbours: Tensor  # of each pixel, the numbers of those in its window: [H W, N]
 
     def __init__(
         self,
@@ -62,10 +62,13 @@ class PixelCNN(nn.Module):
         at_least(0, depth=depth)
         at_least(1, **{"len(widths)": len(widths)})
         self.shape, self.window = shape, window(receptive_field)
-        self.register_buffer("offsets", torch.tensor(self.window, dtype=torch.long).view(-1, 2), persistent=False)
-        self.left = max((-j for _, j in self.window), default=0)
-        self.right = max((j for _, j in self.window), default=0)
-        self.up = max((-i for i, _ in self.window), default=0)
+        pixel = torch.arange(shape[1] * shape[2])[:, None]
+        down, right = torch.tensor(self.window, dtype=torch.long).view(-1, 2).unbind(1)
+        row, column = pixel // shape[2] + down, pixel % shape[2] + right
+        inside = (row >= 0) & (column >= 0) & (column < shape[2])
+        # beyond the borders all see one more pixel after the last, a 0
+        neighbours = torch.where(inside, row * shape[2] + column, len(pixel))
+        self.register_buffer("neighbours", neighbours, persistent=False)
 
         self.constant = code == 0
         sizes = pyramid(*shape[1:], len(widths))
@@ -84,30 +87,24 @@ class PixelCNN(nn.Module):
 
     def features(self, z: Float[Tensor, "B D"]) -> Float[Tensor, "b F H W"]:
         """What the code says about every pixel; one map for all images (b = 1) where the code is empty, else b = B."""
-        return self.trunk(z.new_ones(1, 1) if self.constant else z)
+        h = self.trunk(z.new_ones(1, 1) if self.constant else z)
+        return self.mix(h.movedim(1, -1)).movedim(-1, 1)
 
-    def pad(self, u: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C h w"]:
-        return F.pad(u, (self.left, self.right, self.up, 0))
-
-    def pixels(self, h: Float[Tensor, "b n F"], seen: Float[Tensor, "B n N"]) -> Float[Tensor, "B P n"]:
-        x = self.mix(h)
+    def pixels(
+        self, u: Float[Tensor, "#B C H W"], h: Float[Tensor, "#B n F"], neighbours: Int[Tensor, "n N"]
+    ) -> Float[Tensor, "B P n"]:
         if self.look is not None:
-            x = x + self.look(seen)
-        return self.head(self.blocks(x)).mT.expand(len(seen), -1, -1)
+            seen = F.pad(u.flatten(2), (0, 1))[:, :, neighbours]  # [B, C, n, N]
+            h = h + self.look(seen.movedim(1, 2).flatten(2))
+        return self.head(self.blocks(h)).mT.expand(max(len(u), len(h)), -1, -1)
 
-    def forward(self, u: Float[Tensor, "B C H W"], h: Float[Tensor, "b F H W"]) -> Float[Tensor, "B P H W"]:
-        """Parameters of all pixels at once, from the true earlier pixels."""
-        height, width = u.shape[2:]
-        padded = self.pad(u)
-        seen = [padded[:, :, self.up + i :, self.left + j :][:, :, :height, :width] for i, j in self.window]
-        seen = torch.stack(seen, -1).movedim(1, 3).flatten(3) if seen else u.new_empty(*u.shape[:1], height, width, 0)
-        return self.pixels(h.flatten(2).mT, seen.flatten(1, 2)).unflatten(2, (height, width))
+    def forward(self, u: Float[Tensor, "#B C H W"], h: Float[Tensor, "#B F H W"]) -> Float[Tensor, "B P H W"]:
+        """Parameters of all pixels at once, from the true earlier pixels; one image may go with many codes."""
+        return self.pixels(u, h.flatten(2).mT, self.neighbours).unflatten(2, h.shape[2:])
 
     def at(
         self, u: Float[Tensor, "B C H W"], h: Float[Tensor, "b F H W"], i: Int[Tensor, "n"], j: Int[Tensor, "n"]
     ) -> Float[Tensor, "B P n"]:
         """Parameters of the pixels (i, j) alone; `u` needs no more than their windows filled in."""
-        down, right = self.offsets.unbind(1)
-        rows, columns = i[:, None] + self.up + down, j[:, None] + self.left + right
-        seen = self.pad(u)[:, :, rows, columns]  # [B, C, n, windows]
-        return self.pixels(h[:, :, i, j].mT, seen.movedim(1, 2).flatten(2))
+        pixel = i * h.shape[3] + j
+        return self.pixels(u, h.flatten(2).mT.index_select(1, pixel), self.neighbours[pixel])

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from vlae.dashboard import Pictures, show
 from vlae.data import Images, independent_pixels
 from vlae.figures import learning_curves, read_metrics
-from vlae.model import load, save
+from vlae.model import load
 from vlae.records import commit, hardware, write
 from vlae.schema import check, resolve
 from vlae.training import Averaging, LitVLAE
@@ -245,56 +245,3 @@ def run(config: dict[str, Any], folder: Path, command: str) -> dict[str, float]:
         write(finished, metrics)
         show(metrics, f"{folder}: {left}")
     return metrics
-
-
-def export(folder: Path, name: str, command: str) -> None:
-    """Stores a finished run's weights in half precision as weights/<name>.safetensors with a card, weights/<name>.md,
-    and results/<name>_weights.json: test figures of the stored weights, evaluated in float32.
-
-    Raises:
-        FileNotFoundError: if `folder` holds no finished run.
-    """
-    quiet()
-    if not (folder / "metrics.json").exists():
-        raise FileNotFoundError(f"{folder}: no finished run (it has no metrics.json)")
-    begun, code, path = time.time(), commit(), Path("weights") / f"{name}.safetensors"
-    started = datetime.now(UTC).isoformat(timespec="seconds")
-    config, trained = (json.loads((folder / f"{file}.json").read_text()) for file in ("config", "metrics"))
-    asked, images, model = prepare(config)
-    allow = ("vlae.", *asked.allow)
-    save(load(kept(folder), allow), path)
-    model.model.load_state_dict(load(path, allow).state_dict())
-    trainer = Trainer(devices=1, logger=False, use_distributed_sampler=False, enable_checkpointing=False)
-    metrics = dict(trainer.test(model, images, verbose=False)[0])
-    metrics["independent_pixels/bits_per_dim"] = independent_pixels(images.splits)
-    record = {
-        "name": f"{name}_weights",
-        "command": command,
-        "commit": code,
-        "date": started,
-        **evaluated(asked, images, model, trainer),
-        **{key: trained[key] for key in ("steps", "images_seen")},
-        "wall_s": round(time.time() - begun, 1),
-        "metrics": metrics,
-    }
-    write(Path("results") / f"{name}_weights.json", record)
-    figures = "\n".join(f"| {key} | {value:.4f} |" for key, value in metrics.items())
-    card = f"""# {name}
-
-{record["parameters"]:,} weights in half precision, {path.stat().st_size / 2**20:.2f} MiB: `vlae.load("{name}")`.
-Trained on {record["data"]} (binarisation: {record["binarisation"]}), seed {record["seed"]}:
-{trained["images_seen"]:,} images seen.
-
-Figures of the stored weights in float32 on the test split: one-sample bounds in nats per image, or bits/dim.
-Measured by `{command}` at commit {code}, {record["hardware"]}.
-
-| figure | value |
-| --- | --- |
-{figures}
-
-```json
-{json.dumps(config["model"], indent=2)}
-```
-"""
-    path.with_suffix(".md").write_text(card)
-    show(metrics, f"{path}, {path.with_suffix('.md')} and results/{name}_weights.json")

@@ -1,12 +1,13 @@
 """Arrays and figures from integers and numbers; nothing here knows a model or a logger."""
 
 import csv
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Integer, UInt8
-from PIL import Image
+from jaxtyping import Float, Integer, UInt8
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 
@@ -21,12 +22,16 @@ def grid(x: Integer[Tensor, "N C H W"], levels: int, columns: int) -> UInt8[np.n
     return x.view(-1, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(-1, columns * w, c).squeeze(-1).numpy()
 
 
-def pairs(
-    above: Integer[Tensor, "N C H W"], below: Integer[Tensor, "N C H W"], columns: int
-) -> Integer[Tensor, "M C H W"]:
-    """Images in the order in which `grid` puts each row of `above` over its row of `below`."""
-    rows = [part for both in zip(above.split(columns), below.split(columns), strict=True) for part in both]
-    return torch.cat(rows)
+def captioned(picture: UInt8[np.ndarray, "h w *c"], text: str) -> UInt8[np.ndarray, "H W rgb"]:
+    """A picture below the words that say what it shows."""
+    font, wide = ImageFont.load_default(15), max(picture.shape[1], 320)
+    lines = textwrap.wrap(text, wide // 8)
+    top = 22 * len(lines) + 8
+    image = Image.new("RGB", (wide, top + picture.shape[0]), "white")
+    for k, line in enumerate(lines):
+        ImageDraw.Draw(image).text((6, 4 + 22 * k), line, "black", font)
+    image.paste(Image.fromarray(picture), (0, top))
+    return np.asarray(image)
 
 
 def save(picture: UInt8[np.ndarray, "h w *c"], path: Path) -> None:
@@ -70,4 +75,67 @@ def learning_curves(metrics: dict[str, list[tuple[int, float]]], path: Path) -> 
         axes.set(xlabel="step", title=title)
         axes.locator_params(axis="x", nbins=5)
         axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def heat_maps(x: Integer[Tensor, "N C H W"], bits: Float[Tensor, "N H W"], levels: int, path: Path) -> None:
+    """Images over the bits that each of their pixels costs given the code and the window. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    count, ratio = len(x), x.shape[2] / x.shape[3]
+    figure = Figure(figsize=(1.3 * count + 1, 2.6 * ratio + 1), layout="constrained")
+    axes = figure.subplots(2, count, squeeze=False)
+    for k in range(count):
+        shown = (x[k].permute(1, 2, 0).cpu().double() / (levels - 1)).numpy()
+        axes[0, k].imshow(shown.squeeze(2) if len(x[k]) == 1 else shown, cmap="gray", vmin=0, vmax=1)
+        drawn = axes[1, k].imshow(bits[k].cpu().numpy(), cmap="magma", vmin=0, vmax=float(bits.quantile(0.999)))
+        axes[1, k].set_xlabel(f"{bits[k].sum():.0f} bits")
+    for each in axes.flat:
+        each.set(xticks=[], yticks=[])
+    figure.colorbar(drawn, ax=axes[1, :], label="bits a pixel")
+    figure.suptitle("Images, and what each pixel costs given the code and the pixels in its window")
+    figure.savefig(path, dpi=110)
+
+
+def noise_histogram(eps: Float[Tensor, "N D"], path: Path) -> None:
+    """Noise that the prior finds for codes of images, next to N(0, 1). Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    values = eps.flatten().clamp(-6, 6).cpu().numpy()
+    left.hist(values, bins=120, range=(-6, 6), density=True, color="C0", label="codes of images")
+    t = np.linspace(-6, 6, 200)
+    left.plot(t, np.exp(-(t**2) / 2) / np.sqrt(2 * np.pi), "k--", label="N(0, 1)")
+    left.set(title="all dimensions of the code", xlabel="noise", ylabel="density")
+    left.legend(frameon=False)
+    deviation = eps.double().std(0).sort(descending=True).values.cpu().numpy()
+    right.plot(deviation, color="C0", label="codes of images")
+    right.axhline(1, color="k", linestyle="--", label="N(0, 1)")
+    right.set(title="each dimension by itself, sorted", xlabel="dimension of the code")
+    right.set(ylabel="standard deviation", ylim=(0, 1.2 * max(1, float(deviation.max()))))
+    right.legend(frameon=False)
+    figure.suptitle("The noise that the prior finds for codes: normal if the prior fits them")
+    figure.savefig(path, dpi=110)
+
+
+def window_over(x: Integer[Tensor, "C H W"], window: list[tuple[int, int]], levels: int, path: Path) -> None:
+    """The window of one pixel in the middle of an image. Needs matplotlib."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    (height, width), name = x.shape[1:], f"{len(window)} of the earlier pixels"
+    i, j = height // 2, width // 2
+    shown = (x.permute(1, 2, 0).cpu().double() / (levels - 1)).numpy()
+    figure = Figure(figsize=(4.6, 4.6 * height / width + 1.0), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shown.squeeze(2) if len(x) == 1 else shown, cmap="gray", vmin=0, vmax=1)
+    for down, right in window:
+        if i + down >= 0 and 0 <= j + right < width:
+            axes.add_patch(Rectangle((j + right - 0.5, i + down - 0.5), 1, 1, color="C0", alpha=0.6, linewidth=0))
+    axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, color="C3"))
+    axes.add_patch(Rectangle((-0.5, i + 0.5), width, height - i - 1, color="0.5", alpha=0.5, linewidth=0))
+    axes.add_patch(Rectangle((j + 0.5, i - 0.5), width - j - 1, 1, color="0.5", alpha=0.5, linewidth=0))
+    axes.set(xticks=[], yticks=[], xlabel="grey: not drawn yet")
+    axes.set_title(f"To draw the red pixel the decoder sees the code\nand the blue window: {name}", fontsize=10)
     figure.savefig(path, dpi=110)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
+from torch import Tensor
 from tqdm import tqdm
 
 from vlae.datasets import Part, Splits, only
@@ -55,9 +56,10 @@ def listed(folder: Path) -> list[Path]:
 
 
 def picture(
-    path: Path, height: int, width: int, channels: Literal[1, 3] | None
+    path: Path, height: int, width: int, channels: Literal[1, 3] | None, exact: bool = False
 ) -> UInt8[np.ndarray, "height width *rgb"]:
     """The middle of a picture in the shape height x width, by Lanczos' filter; None for `channels` keeps its own.
+    `exact` refuses other sizes instead.
 
     Raises:
         ValueError: for a broken file, more than 8 bits, transparency, several pages, other colour spaces, or a size
@@ -77,6 +79,8 @@ def picture(
             image.draft(image.mode, (2 * max(height, width),) * 2)
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
+            if exact and image.size != (width, height):
+                raise ValueError(f"{image.width} x {image.height} pixels; {width} x {height} are wanted")
             if image.has_transparency_data:
                 lowest, _ = image.convert("RGBA").getchannel("A").getextrema()
                 if lowest < 255:  # type: ignore[operator]
@@ -104,6 +108,19 @@ def pictures(
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # each may hold a large photograph
         return list(tqdm(pool.map(one, files), "reading", len(files), unit="picture", delay=2, disable=None))
+
+
+def alike(source: Path, shape: tuple[int, int, int], levels: int) -> UInt8[Tensor, "N C H W"]:
+    """A picture, or a folder of them, of exactly the shape (C, H, W), their values merged into `levels`.
+
+    Raises:
+        ValueError: names the first picture that has another size or cannot be read.
+    """
+    channels, height, width = shape
+    files = [source] if source.is_file() else listed(source)
+    found = [picture(path, height, width, 1 if channels == 1 else 3, exact=True) for path in files]
+    x = np.stack([np.atleast_3d(one).transpose(2, 0, 1) for one in found])
+    return torch.from_numpy((x.astype(int) * levels // 256).astype(np.uint8))
 
 
 def drawn(equal: list[str], validation: float, test: float, seed: int) -> np.ndarray:

@@ -59,10 +59,11 @@ class VLAE(nn.Module):
         """q(z | x)."""
         return self.encoder(self.unit(x))
 
-    def terms(self, x: Integer[Tensor, "B C H W"], z: Float[Tensor, "B D"], log_qz: Float[Tensor, "B"]) -> Terms:
+    def terms(self, x: Integer[Tensor, "#B C H W"], z: Float[Tensor, "B D"], log_qz: Float[Tensor, "B"]) -> Terms:
         params = self.decoder(self.unit(x), self.decoder.features(z))
         eps, log_det = self.prior(z)
-        return Terms(self.likelihood.log_prob(params, x), normal_log_prob(eps) + log_det, log_qz)
+        log_px = self.likelihood.log_prob(params, x.expand(len(params), -1, -1, -1))
+        return Terms(log_px, normal_log_prob(eps) + log_det, log_qz)
 
     def forward(self, x: Integer[Tensor, "B C H W"], eps: Float[Tensor, "B D"]) -> Terms:
         """One-sample ELBO of each image, for noise `eps` ~ N(0, 1)."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
@@ -12,41 +13,40 @@ Choose = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def waves(
-    window: list[tuple[int, int]], height: int, width: int
+    window: list[tuple[int, int]], height: int, width: int, device: torch.device
 ) -> Iterator[tuple[Int[Tensor, "n"], Int[Tensor, "n"]]]:
     """Rows and columns of the pixels of each wave: every pixel's window lies in earlier waves.
 
     Pixels of equal `column + stride * row` with stride one more than the window's reach to the right; a row where
     nothing to the left is seen, the image where nothing is. 7x4 on 28x28: 136 waves.
     """
-    i, j = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    right = max((b for _, b in window), default=0)
-    if any(a == 0 for a, _ in window):
-        number = j + min(right + 1, width) * i
-    else:
-        number = i if window else torch.zeros_like(i)
-    for wave in range(int(number.max()) + 1):
-        rows, columns = torch.where(number == wave)
-        yield rows, columns
+    if not any(i == 0 for i, _ in window):
+        for pixel in torch.arange(height * width, device=device).split(width if window else height * width):
+            yield pixel // width, pixel % width
+        return
+    stride = min(max(j for _, j in window) + 1, width)
+    for wave in range(width + stride * (height - 1)):
+        first, last = max(0, (wave - width) // stride + 1), min(height - 1, wave // stride)
+        i = torch.arange(first, last + 1, device=device)
+        yield i, wave - stride * i
 
 
 @torch.no_grad()
 def scan(model: VLAE, h: Float[Tensor, "b F H W"], choose: Choose, batch: int) -> Int[Tensor, "B C H W"]:
     """Fills images wave by wave: `choose(params [B P n], i, j)` gives the values [B C n] of the pixels (i, j)."""
-    channels, (height, width) = model.likelihood.channels, h.shape[2:]
-    x = torch.zeros(batch, channels, height, width, dtype=torch.long, device=h.device)
+    height, width = h.shape[2:]
+    x = torch.zeros(batch, model.likelihood.channels, height, width, dtype=torch.long, device=h.device)
     u = model.unit(x)
-    for i, j in waves(model.decoder.window, height, width):
-        i, j = i.to(h.device), j.to(h.device)
-        x[:, :, i, j] = choose(model.decoder.at(u, h, i, j), i, j)
-        u[:, :, i, j] = model.unit(x[:, :, i, j])
+    for i, j in waves(model.decoder.window, height, width, h.device):
+        x[:, :, i, j] = values = choose(model.decoder.at(u, h, i, j), i, j)
+        u[:, :, i, j] = model.unit(values)
     return x
 
 
+@torch.no_grad()
 def decode(model: VLAE, z: Float[Tensor, "B D"], uniform: Float[Tensor, "B C H W"]) -> Int[Tensor, "B C H W"]:
     """Pixels drawn from p(x | z) at `uniform` in [0, 1)."""
-    with torch.no_grad():
-        h = model.decoder.features(z)
+    h = model.decoder.features(z)
     return scan(model, h, lambda params, i, j: model.likelihood.sample(params, uniform[:, :, i, j]), len(z))
 
 
@@ -55,10 +55,70 @@ def sample(model: VLAE, eps: Float[Tensor, "B D"], uniform: Float[Tensor, "B C H
     return decode(model, model.prior.inverse(eps), uniform)
 
 
+@torch.no_grad()
 def reconstruct(
     model: VLAE, x: Integer[Tensor, "B C H W"], eps: Float[Tensor, "B D"], uniform: Float[Tensor, "B C H W"]
 ) -> Int[Tensor, "B C H W"]:
     """A code of x at `eps`, fresh pixels: shows what the code kept of x."""
-    with torch.no_grad():
-        z, _ = model.encode(x).rsample_with_log_prob(eps)
+    z, _ = model.encode(x).rsample_with_log_prob(eps)
     return decode(model, z, uniform)
+
+
+@torch.no_grad()
+def interpolate(
+    model: VLAE,
+    start: Float[Tensor, "B D"],
+    end: Float[Tensor, "B D"],
+    along: Float[Tensor, "T"],
+    uniform: Float[Tensor, "B C H W"],
+) -> Int[Tensor, "B T C H W"]:
+    """Images between two codes, `along` from 0 (start) to 1 (end) through the prior's noise; pixels share `uniform`."""
+    a, b, t = model.prior(start)[0][:, None], model.prior(end)[0][:, None], along[:, None]
+    # on the sphere: the middle of a chord is nearer to 0 than noise of N(0, 1) ever is
+    eps = F.normalize(a.lerp(b, t), dim=2) * a.norm(dim=2, keepdim=True).lerp(b.norm(dim=2, keepdim=True), t)
+    x = sample(model, eps.flatten(0, 1), uniform.repeat_interleave(len(along), 0))
+    return x.unflatten(0, (len(start), len(along)))
+
+
+@torch.no_grad()
+def complete(
+    model: VLAE,
+    x: Integer[Tensor, "B C H W"],
+    rows: int,
+    eps: Float[Tensor, "K B D"],
+    pick: Float[Tensor, "R B"],
+    uniform: Float[Tensor, "R B C H W"],
+) -> Int[Tensor, "R B C H W"]:
+    """R times the first `rows` rows of x, each above a draw from p(lower rows | upper rows): exact as K grows.
+
+    Sampling-importance-resampling: of K codes from the prior, at `eps` ~ N(0, 1), `pick` in [0, 1) takes one in
+    proportion to p(upper rows | z), which no row below has a part in.
+
+    Raises:
+        ValueError: unless 0 <= rows <= H and K >= 1.
+    """
+    height, width = x.shape[2:]
+    if not 0 <= rows <= height:
+        raise ValueError(f"rows={rows}: must be 0 to {height}, the height of the images")
+    if not len(eps):
+        raise ValueError("eps: holds no code to choose from, needs 1 or more for each image")
+    given = torch.arange(rows * width, device=x.device)
+    i, j = given // width, given % width
+
+    def log_weight(z: Float[Tensor, "k B D"]) -> Float[Tensor, "k B"]:
+        again = x.repeat(len(z), 1, 1, 1)
+        params = model.decoder.at(model.unit(again), model.decoder.features(z.flatten(0, 1)), i, j)
+        return model.likelihood.log_prob(params, again[:, :, i, j]).sum(1).view(len(z), -1)
+
+    codes = model.prior.inverse(eps.flatten(0, 1)).view_as(eps)
+    few = 1 + 64 // (1 + len(x))  # codes of each image a pass, so that a processor's cache holds it
+    below = torch.cat([log_weight(z) for z in codes.split(few)]).softmax(0).cumsum(0)
+    chosen = (below[:-1, None] <= pick).sum(0)  # [R, B]
+    z = codes[chosen, torch.arange(len(x), device=x.device)].flatten(0, 1)
+    upper, pixels = x.repeat(len(pick), 1, 1, 1), uniform.flatten(0, 1)
+
+    def choose(params: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        drawn = model.likelihood.sample(params, pixels[:, :, i, j])
+        return torch.where(i < rows, upper[:, :, i, j], drawn)
+
+    return scan(model, model.decoder.features(z), choose, len(z)).unflatten(0, pick.shape)

@@ -1,0 +1,219 @@
+"""How likely images are: log p(x) by importance sampling, of a batch, and of a split as a record."""
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int64, Integer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vlae.data import Images, generator
+from vlae.datasets import Splits
+from vlae.encoder import Normal
+from vlae.model import VLAE, Terms
+from vlae.records import commit, hardware, write
+
+BLOCK = 128  # samples whose noise is drawn together, so that a pass of any size sees the same noise
+CHUNK = {"cpu": 16, "cuda": 4096}  # rows a pass: what a processor's cache holds, what fills a GPU
+
+
+class Estimate(NamedTuple):
+    """Of each image: log p(x), effective sample size (1 to K), rate and distortion averaged over its K codes; nats."""
+
+    log_px: Float[Tensor, "B"]
+    ess: Float[Tensor, "B"]
+    rate: Float[Tensor, "B"]
+    distortion: Float[Tensor, "B"]
+
+
+@torch.no_grad()
+def log_likelihood(model: VLAE, x: Integer[Tensor, "B C H W"], noise: Iterable[Tensor]) -> Estimate:
+    """log of the mean of the weights p(x, z) / q(z | x) over K codes from q: at most log p(x) in expectation, and
+    rising to it with K (Burda et al. 2016, equation 8). Effective sample size: (sum w)^2 / sum w^2.
+
+    Each item of `noise` ~ N(0, 1), [k B D], is a pass of k * B rows that leaves nothing behind but sums in float64;
+    `eps.split(k)` makes such items. The encoder runs once. Networks may run under autocast.
+
+    Raises:
+        ValueError: for images of another shape or more levels than the model's, or no noise.
+    """
+    refuse_other(model, tuple(x.shape[1:]), max(model.likelihood.levels, int(x.max()) + 1))
+    q = model.encode(x)
+    samples, zero = 0, torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    total, squares, elbo, rate = zero.log(), zero.log(), zero, zero
+    for eps in noise:
+        k = len(eps)
+        rows = x if len(x) == 1 else x.repeat(k, 1, 1, 1)
+        z, log_qz = Normal(*(part.repeat(k, 1) for part in q)).rsample_with_log_prob(eps.flatten(0, 1))
+        terms = Terms(*(term.double() for term in model.terms(rows, z, log_qz)))
+        log_w = terms.elbo.view(k, -1)
+        total = torch.logaddexp(total, log_w.logsumexp(0))
+        squares = torch.logaddexp(squares, (2 * log_w).logsumexp(0))
+        elbo, rate = elbo + log_w.sum(0), rate + terms.rate.view(k, -1).sum(0)
+        samples += k
+    if samples == 0:
+        raise ValueError("noise: no samples; at least 1")
+    return Estimate(total - math.log(samples), (2 * total - squares).exp(), rate / samples, -(elbo + rate) / samples)
+
+
+def refuse_other(model: VLAE, shape: tuple[int, ...], levels: int) -> None:
+    """ValueError for images (C, H, W) that the model is not for."""
+    wanted = tuple(model.description["shape"]), model.description["levels"]
+    if (shape, levels) != wanted:
+        raise ValueError(f"images of {shape}, {levels} levels; the model is for {wanted[0]}, {wanted[1]} levels")
+
+
+def noise(
+    key: tuple[int | str, ...], index: Int64[Tensor, " B"], code: int, samples: int, k: int
+) -> Iterator[Float[Tensor, "k B D"]]:
+    """What `log_likelihood` takes, at most `k` samples a pass: a function of key, image and sample alone."""
+    for start in range(0, samples, BLOCK):
+        streams = [generator("importance", *key, image, start) for image in index.tolist()]
+        block = torch.stack([torch.randn(BLOCK, code, generator=stream) for stream in streams], 1)
+        yield from block[: samples - start].split(k)
+
+
+def estimates(
+    model: VLAE,
+    x: Integer[Tensor, "B C H W"],
+    key: tuple[int | str, ...],
+    samples: int,
+    chunk: int,
+    folder: Path | None = None,
+    every: float = 30.0,
+) -> Estimate:
+    """`log_likelihood` of many images with a progress bar, about `chunk` rows (images x samples) a pass; on the CPU.
+
+    Noise is a function of key, image and sample. Rank r of the w of torch.distributed takes images r::w, and all ranks
+    return what one process would. With a `folder`, results are kept there in `evaluate.*.part` every so many seconds,
+    and what is kept is not computed again, be the number of ranks the same or not.
+
+    Raises:
+        ValueError: for sizes below 1, images the model is not for, or files kept of another evaluation.
+        FloatingPointError: for an estimate that is not finite.
+    """
+    for name, size in (("samples", samples), ("chunk", chunk)):
+        if size < 1:
+            raise ValueError(f"{name}={size}: must be at least 1")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device = next(model.parameters()).device
+    together = max(1, chunk // min(samples, BLOCK))  # images
+    values, done = torch.zeros(len(x), 4, dtype=torch.float64), torch.zeros(len(x), dtype=torch.bool)
+    if folder:
+        about = {"samples": samples, "key": list(key), "images": digest(x)}
+        about["weights"] = digest(*model.state_dict().values())
+        for file in folder.glob("evaluate.*.part"):
+            values, done = resumed(file, about, values, done)
+    saved = time.monotonic()
+    groups = torch.arange(len(x))[rank::world].split(together)
+    for index in track(groups, "log p(x)", console=Console(stderr=True), refresh_per_second=2, disable=rank > 0):
+        if done[index].all():
+            continue
+        passes = noise(key, index, model.prior.code, samples, max(1, chunk // together))
+        group = log_likelihood(model, x[index].to(device), (eps.to(device) for eps in passes))
+        values[index], done[index] = torch.stack(group, 1).cpu(), True
+        if not values[index].isfinite().all():
+            raise FloatingPointError(f"the estimate of an image among {index.tolist()} is not finite")
+        if folder and time.monotonic() - saved >= every:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = folder / f"evaluate.{rank}.part"
+            save_file({"values": values, "done": done}, file.with_suffix(".new"), {"vlae": json.dumps(about)})
+            os.replace(file.with_suffix(".new"), file)
+            saved = time.monotonic()
+    if world > 1:
+        own = torch.zeros_like(values, device=device)
+        own[rank::world] = values[rank::world].to(device)
+        dist.all_reduce(own)  # of every image one rank adds its values, the others zeros
+        values = own.cpu()
+    return Estimate(*values.unbind(1))
+
+
+def digest(*tensors: Tensor) -> str:
+    """A name for what tensors hold."""
+    content = hashlib.blake2b(digest_size=8)
+    for tensor in tensors:
+        content.update(tensor.cpu().contiguous().numpy().data)
+    return content.hexdigest()
+
+
+def resumed(file: Path, about: dict[str, Any], values: Tensor, done: Tensor) -> tuple[Tensor, Tensor]:
+    """Values and marks with those that a file keeps; ValueError if it is of another evaluation."""
+    try:
+        with safe_open(file, "pt") as opened:
+            begun = json.loads(opened.metadata()["vlae"])
+            kept, finished = opened.get_tensor("values"), opened.get_tensor("done")
+    except (SafetensorError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{file}: not the results of an evaluation ({error}); remove it") from error
+    for name, now in about.items():
+        if begun.get(name) != now:
+            raise ValueError(f"{file}: of an evaluation with {name}={begun.get(name)}, now {now}; finish or remove it")
+    return torch.where(finished[:, None], kept, values), done | finished
+
+
+def evaluate(
+    model: VLAE, images: Images, split: str, samples: int, chunk: int | None, folder: Path, about: dict[str, Any]
+) -> dict[str, float]:
+    """Scores a split, prints a table, writes evaluate.json into `folder`, `about` first in it; returns the metrics.
+
+    `chunk` rows (images x samples) a pass, None: CHUNK. Under torchrun the ranks share the images.
+
+    Raises:
+        ValueError, FloatingPointError: as `estimates`, and for an unknown split; an older evaluate.json stays.
+    """
+    begun, started, code = time.time(), datetime.now(UTC).isoformat(timespec="seconds"), commit()
+    if split not in Splits._fields[:3]:
+        raise ValueError(f"split={split}: must be one of {', '.join(Splits._fields[:3])}")
+    refuse_other(model, images.shape, images.levels)
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
+        dist.init_process_group()
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
+    x = images.part(split).images  # type: ignore[arg-type]
+    samples = samples if model.prior.code else min(samples, 1)  # of an empty code all samples are equal
+    chunk = CHUNK[device.type] if chunk is None else chunk
+    found = estimates(model.to(device), x, (images.seed, split), samples, chunk, folder)
+    log_px, ess, rate, distortion = (values.mean().item() for values in found)
+    bits = 1 / (math.log(2) * math.prod(images.shape))
+    figures = {  # value, digits, unit
+        "nelbo": (rate + distortion, 3, "nats, bound"),
+        "rate": (rate, 3, "nats"),
+        "distortion": (distortion, 3, "nats"),
+        "bits_per_dim": ((rate + distortion) * bits, 4, "bound"),
+        "nll": (-log_px, 3, f"nats, {samples:,} samples an image"),
+        "nll_standard_error": (
+            found.log_px.std(correction=0).item() / max(1, len(x) - 1) ** 0.5,
+            3,
+            "nats, over images",
+        ),
+        "nll_bits_per_dim": (-log_px * bits, 4, f"{samples:,} samples an image"),
+        "ess": (ess, 1, f"effective samples of {samples:,}, mean over images"),
+    }
+    prefix = "val" if split == "validation" else split
+    metrics = {f"{prefix}/{name}": value for name, (value, _, _) in figures.items()}
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        binarisation = "dynamic" if images.splits.dynamic else "static" if images.levels == 2 else "none"
+        record = {**about, "commit": code, "date": started, "hardware": hardware(device), "split": split}
+        record |= {"binarisation": binarisation, "seed": images.seed, "samples": samples, "images": len(x)}
+        record |= {"wall_s": round(time.time() - begun, 1), "metrics": metrics}
+        write(folder / "evaluate.json", record)
+        for file in folder.glob("evaluate.*.part"):
+            file.unlink()
+        table = Table("", split, "", title_justify="left")
+        for name, (value, digits, unit) in figures.items():
+            table.add_row(name, f"{value:.{digits}f}", unit)
+        Console().print(table)
+        Console().print(f"{folder / 'evaluate.json'}: {-log_px:.3f} nats", soft_wrap=True, highlight=False)
+    return metrics

@@ -1,0 +1,227 @@
+"""Commands on trained models do what the model does, and spoil nothing when they cannot."""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from runpy import run_module
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small import DIGITS, command
+from tiny import tiny
+
+import vlae
+from vlae.codes import encode, linear_probe
+from vlae.data import generator
+from vlae.datasets import digits
+from vlae.figures import captioned, grid
+from vlae.gallery import PICTURES
+
+Vlae = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model of digits, trained for five steps."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    command(*DIGITS, "trainer.max_epochs=1", "trainer.check_val_every_n_epoch=1", f"folder={folder}")
+    return folder
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Vlae:
+    """`python -m vlae ...` in an empty folder; what it prints."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["vlae", *arguments])
+        run_module("vlae", run_name="__main__")
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_a_finished_run_has_every_picture(run: Path) -> None:
+    found = {path.stem for path in run.glob("*.png")}
+    assert found >= {*PICTURES, "bits", "window", "noise"}
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints/best.ckpt"])
+def test_evaluate(run: Path, call: Vlae, place: str) -> None:
+    out = call("evaluate", str(run / place), "--samples", "3", "--batch", "300", "--split", "validation")
+    record = json.loads((run / "evaluate.json").read_text())
+    (run / "evaluate.json").unlink()
+    metrics, trained = record["metrics"], json.loads((run / "metrics.json").read_text())
+    named = {key: record[key] for key in ("data", "split", "binarisation", "seed", "samples", "images")}
+    assert named == {
+        "data": "digits",
+        "split": "validation",
+        "binarisation": "none",
+        "seed": 0,
+        "samples": 3,
+        "images": 250,
+    }
+    assert record["command"].startswith("python -m vlae evaluate ")
+    assert metrics["val/nll"] < metrics["val/nelbo"]
+    # other noise than in training: within a few standard errors of the bound found there
+    assert metrics["val/nelbo"] == pytest.approx(trained["val/nelbo"], rel=0.01)
+    assert f"{metrics['val/nll']:.3f}" in out
+    assert str(run / "evaluate.json") in out
+
+
+def test_sample(run: Path, call: Vlae) -> None:
+    for seed in ("0", "0", "1"):
+        call("sample", str(run), "--seed", seed, "-o", f"out{seed}")
+    zero, one = (np.asarray(Image.open(f"out{seed}/samples.png")) for seed in "01")
+    assert zero.shape == one.shape
+    assert not np.array_equal(zero, one)
+
+
+def test_reconstruct(run: Path, call: Vlae) -> None:
+    out = call("reconstruct", str(run), "train", "-o", "out")
+    for name in (*PICTURES, "bits", "window", "noise"):
+        if name != "samples":
+            assert str(Path("out") / f"{name}.png") in out
+        assert Image.open(Path("out") / f"{name}.png").width > 300
+
+
+def test_encode(run: Path, call: Vlae) -> None:
+    out = call("encode", str(run), "-o", "new/codes.npz")
+    splits, model = digits(Path()), vlae.load(run / "checkpoints" / "best.ckpt")
+    codes = np.load("new/codes.npz", allow_pickle=False)
+    with torch.no_grad():
+        q = model.encode(splits.test.images)
+    np.testing.assert_allclose(codes["mean"], q.mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(codes["scale"], q.log_scale.exp(), rtol=1e-4)
+    assert codes["labels"].tolist() == splits.test.labels.tolist()
+    # the draw of testing: its mean rate
+    rate = json.loads((run / "metrics.json").read_text())["test/rate"]
+    assert codes["rate"].mean() == pytest.approx(rate, rel=1e-4)
+    assert f"{codes['rate'].mean():.3f} nats" in out
+    assert sorted(path.name for path in Path("new").iterdir()) == ["codes.npz"]
+
+
+@pytest.mark.parametrize("many", [True, False])
+def test_encode_one_s_own_pictures(run: Path, call: Vlae, many: bool) -> None:
+    images = digits(Path()).test.images[:3]
+    Path("mine").mkdir()
+    for number, image in enumerate(images):
+        # any grey of a level's width stands for it
+        Image.fromarray((image[0].int() * 256 // 17 + 3).to(torch.uint8).numpy()).save(f"mine/{number}.png")
+    call("encode", str(run), "mine" if many else "mine/0.png", "-o", "codes.npz")
+    codes = np.load("codes.npz", allow_pickle=False)
+    with torch.no_grad():
+        q = vlae.load(run / "checkpoints" / "best.ckpt").encode(images if many else images[:1])
+    np.testing.assert_allclose(codes["mean"], q.mean, rtol=1e-4, atol=1e-5)
+    assert "labels" not in codes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["encode", "{run}", "small.png"], r"small\.png: 7 x 8 pixels; 8 x 8 are wanted"),
+        (["encode", "{run}", "valid"], "valid: neither train, validation, test nor a file or folder"),
+        (["encode", "{run}", "text.png"], r"text\.png: cannot identify"),
+        (["encode", "{run}", "--data", "digits"], "--data=digits: .* trained on its own data"),
+        (["encode", "nowhere"], "nowhere: no such file; shipped weights: mnist_static"),
+        (["encode", "."], "no run, as there is no config.json"),
+        (["encode", "broken"], r"broken/config\.json: not the settings of a run"),
+        (["encode", "cut"], "cut/checkpoints/best.ckpt: not a VLAE that can be opened"),
+        (["encode", "mnist_static", "--data", "digits"], r"images of \(1, 8, 8\), 17 levels; the model is for"),
+        (["encode", "mnist_static", "--data", "nothing"], "data._target_='vlae.datasets.nothing'"),
+        (["reconstruct", "{run}", "fits.png"], "1 picture, at least 2"),
+        (["evaluate", "{run}", "--samples", "0"], "samples=0: must be at least 1"),
+        (["evaluate", "{run}", "--batch", "-1"], "chunk=-1|batch=-1"),
+        (["evaluate", "{run}", "--split", "tset"], "split=tset: must be one of train, validation, test"),
+    ],
+)
+def test_one_line_says_what_is_wrong(run: Path, call: Vlae, arguments: list[str], found: str) -> None:
+    Image.new("L", (7, 8)).save("small.png")
+    Image.new("L", (8, 8)).save("fits.png")
+    Path("text.png").write_text("no picture")
+    for name in ("broken", "cut"):
+        Path(name, "checkpoints").mkdir(parents=True)
+    Path("broken/config.json").write_text('{"seed": 0')
+    Path("cut/config.json").write_bytes((run / "config.json").read_bytes())
+    Path("cut/checkpoints/best.ckpt").write_bytes((run / "checkpoints/best.ckpt").read_bytes()[:1000])
+    (run / "codes.npz").write_text("kept")
+    (run / "evaluate.json").write_text("kept")
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(SystemExit) as stopped:
+        call(*(text.replace("{run}", str(run)) for text in arguments))
+    assert "\n" not in str(stopped.value)
+    assert re.search(found, str(stopped.value)), str(stopped.value)
+    assert sorted(Path().rglob("*")) == before
+    assert {(run / name).read_text() for name in ("codes.npz", "evaluate.json")} == {"kept"}
+
+
+def test_codes_do_not_depend_on_the_batch() -> None:
+    model, x = vlae.load("mnist_static"), torch.randint(2, (7, 1, 28, 28))
+    eps = torch.randn(3, 7, 64)
+    whole, parts = encode(model, x, eps), encode(model, x, eps, batch=3)
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        rates = torch.stack([model(x, noise).rate for noise in eps])
+    torch.testing.assert_close(whole.rate, rates.mean(0), rtol=1e-4, atol=1e-3)
+
+
+def test_linear_probe() -> None:
+    draw = np.random.default_rng(0)
+    x, w = draw.normal(size=(600, 5)), draw.normal(size=(5, 3))
+    y = (x @ w).argmax(1)
+    assert linear_probe(x[:400], y[:400], 100 * x[400:] / 100, y[400:]) > 0.9
+    shuffled = draw.permutation(y)
+    assert linear_probe(x[:400], shuffled[:400], x[400:], shuffled[400:]) < 0.5
+    # features of any scale are standardised alike
+    scaled = x * [1e-3, 1, 1e3, 1, 10]
+    assert linear_probe(scaled[:400], y[:400], scaled[400:], y[400:]) > 0.9
+
+
+def tiles(picture: np.ndarray, rows: int, size: int) -> np.ndarray:
+    """The images in a captioned grid of eight columns, as they were before they were enlarged."""
+    zoom = max(1, 84 // size)
+    edge = zoom * size + 4
+    cut = picture[-rows * edge :, : 8 * edge, 0].reshape(rows, edge, 8, edge).swapaxes(1, 2)
+    return cut[..., 2:-2, 2:-2][..., ::zoom, ::zoom]
+
+
+@torch.no_grad()
+def test_pictures_show_what_they_say() -> None:
+    model = vlae.load("mnist_static")
+    x = vlae.sample(model, torch.randn(8, 64), torch.rand(8, 1, 28, 28))
+    given = 255 * x[:, 0].numpy()
+    drawn = tiles(PICTURES["reconstructions"](model, x, generator("a")), 8, 28)
+    assert np.array_equal(drawn[:, 0], given)
+    assert set(np.unique(drawn)) == {0, 255}
+    near = np.abs(drawn[:, 1:].astype(int) - given[:, None]).mean((1, 2, 3))
+    far = np.abs(drawn[:, 1:].astype(int) - np.roll(given, 1, 0)[:, None]).mean((1, 2, 3))
+    assert near.mean() < far.mean()  # a code is of its own image
+    assert (drawn[:, 1] != drawn[:, 2]).any()  # with fresh pixels
+    paths = tiles(PICTURES["interpolations"](model, x, generator("a")), 4, 28).astype(int)
+    step, whole = np.abs(paths[:, 1:] - paths[:, :-1]).mean(), np.abs(paths[:, 0] - paths[:, -1]).mean()
+    assert step < whole
+
+
+def test_completions_keep_the_upper_half() -> None:
+    model, x = tiny((1, 8, 8)).float(), torch.randint(2, (8, 1, 8, 8))
+    given = 255 * x[:, 0].numpy()
+    completed = tiles(PICTURES["completions"](model, x, generator("a")), 8, 8)
+    assert np.array_equal(completed[:, 0], given)
+    assert (completed[:, :, :4] == given[:, None, :4]).all()
+    assert (completed[:, 1, 4:] == 128).all()  # grey: not shown
+    assert (completed[:, 2] != completed[:, 3]).any()
+
+
+def test_captions_leave_the_picture_as_it_is() -> None:
+    picture = grid(torch.randint(256, (8, 3, 32, 32)), 256, 8)
+    found = captioned(picture, "words " * 40)
+    assert np.array_equal(found[-picture.shape[0] :, : picture.shape[1]], picture)
+    strip = found[: -picture.shape[0]]
+    assert (strip < 128).any()
+    assert (strip[:, -1] == 255).all()  # no word is cut off
