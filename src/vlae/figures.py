@@ -124,18 +124,21 @@ def window_over(x: Integer[Tensor, "C H W"], window: list[tuple[int, int]], leve
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    (height, width), name = x.shape[1:], f"{len(window)} of the earlier pixels"
+    height, width = x.shape[1:]
     i, j = height // 2, width // 2
+    inside = [(down, right) for down, right in window if i + down >= 0 and 0 <= j + right < width]
     shown = (x.permute(1, 2, 0).cpu().double() / (levels - 1)).numpy()
     figure = Figure(figsize=(4.6, 4.6 * height / width + 1.0), layout="constrained")
     axes = figure.subplots()
     axes.imshow(shown.squeeze(2) if len(x) == 1 else shown, cmap="gray", vmin=0, vmax=1)
-    for down, right in window:
-        if i + down >= 0 and 0 <= j + right < width:
-            axes.add_patch(Rectangle((j + right - 0.5, i + down - 0.5), 1, 1, color="C0", alpha=0.6, linewidth=0))
+    for down, right in inside:
+        axes.add_patch(Rectangle((j + right - 0.5, i + down - 0.5), 1, 1, color="C0", alpha=0.6, linewidth=0))
     axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, color="C3"))
     axes.add_patch(Rectangle((-0.5, i + 0.5), width, height - i - 1, color="0.5", alpha=0.5, linewidth=0))
     axes.add_patch(Rectangle((j + 0.5, i - 0.5), width - j - 1, 1, color="0.5", alpha=0.5, linewidth=0))
     axes.set(xticks=[], yticks=[], xlabel="grey: not drawn yet")
-    axes.set_title(f"To draw the red pixel the decoder sees the code\nand the blue window: {name}", fontsize=10)
+    axes.set_title(
+        f"To draw the red pixel the decoder sees the code\nand the blue window: {len(inside)} of the earlier pixels",
+        fontsize=10,
+    )
     figure.savefig(path, dpi=110)
