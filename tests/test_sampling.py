@@ -348,3 +348,24 @@ def test_refuses_completions_that_cannot_be(rows: int, codes: int, message: str)
             uniform[None],
         )
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("batch", [3, 600])
+def test_the_number_of_threads_comes_back(batch: int) -> None:
+    """Also after an error; with more images than it takes few threads for, it never changes."""
+    model, found = tiny(), []
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        h = model.decoder.features(torch.randn(batch, 2, dtype=torch.float64))
+
+        def stop(params: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            found.append(torch.get_num_threads())
+            raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            scan(model, h, stop, batch)
+        assert torch.get_num_threads() == 2
+        assert found == [1 if batch == 3 else 2]
+    finally:
+        torch.set_num_threads(before)

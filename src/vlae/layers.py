@@ -1,6 +1,8 @@
 """The few blocks that encoder, prior and decoder are made of."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 
 import torch
@@ -14,6 +16,18 @@ LOG_2PI = math.log(2 * math.pi)
 def full(x: Tensor) -> Tensor:
     """At least float32: densities and sums never run in half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@contextmanager
+def small_steps(device: torch.device, rows: int) -> Iterator[None]:
+    """One thread for many operations on few rows on a processor: waking others takes longer than what they would do."""
+    threads = torch.get_num_threads()
+    if device.type == "cpu" and rows <= 512:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def normal_log_prob(eps: Float[Tensor, "B *code"]) -> Float[Tensor, "B"]:

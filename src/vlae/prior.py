@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vlae.layers import MaskedLinear, at_least
+from vlae.layers import MaskedLinear, at_least, small_steps
 
 
 class Made(nn.Module):
@@ -85,7 +85,7 @@ class AFPrior(nn.Module):
     @torch.no_grad()
     def inverse(self, eps: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
         """The code of this noise: one dimension after the other. Without gradients."""
-        with torch.autocast(eps.device.type, enabled=False):
+        with torch.autocast(eps.device.type, enabled=False), small_steps(eps.device, len(eps)):
             for k, step in reversed(list(enumerate(self.steps))):
                 eps = step.invert(eps)
                 eps = eps.flip(1) if k else eps

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
+from vlae.layers import small_steps
 from vlae.model import VLAE
 
 Choose = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -37,9 +38,10 @@ def scan(model: VLAE, h: Float[Tensor, "b F H W"], choose: Choose, batch: int) -
     height, width = h.shape[2:]
     x = torch.zeros(batch, model.likelihood.channels, height, width, dtype=torch.long, device=h.device)
     u = model.unit(x)
-    for i, j in waves(model.decoder.window, height, width, h.device):
-        x[:, :, i, j] = values = choose(model.decoder.at(u, h, i, j), i, j)
-        u[:, :, i, j] = model.unit(values)
+    with small_steps(h.device, batch):
+        for i, j in waves(model.decoder.window, height, width, h.device):
+            x[:, :, i, j] = values = choose(model.decoder.at(u, h, i, j), i, j)
+            u[:, :, i, j] = model.unit(values)
     return x
 
 
