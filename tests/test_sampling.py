@@ -350,7 +350,7 @@ def test_refuses_completions_that_cannot_be(rows: int, codes: int, message: str)
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("batch", [3, 600])
+@pytest.mark.parametrize("batch", [3, 4000])
 def test_the_number_of_threads_comes_back(batch: int) -> None:
     """Also after an error; with more images than it takes few threads for, it never changes."""
     model, found = tiny(), []

@@ -22,7 +22,7 @@ def full(x: Tensor) -> Tensor:
 def small_steps(device: torch.device, rows: int) -> Iterator[None]:
     """One thread for many operations on few rows on a processor: waking others takes longer than what they would do."""
     threads = torch.get_num_threads()
-    if device.type == "cpu" and rows <= 512:
+    if device.type == "cpu" and rows <= 3000:
         torch.set_num_threads(1)
     try:
         yield

@@ -38,8 +38,9 @@ def scan(model: VLAE, h: Float[Tensor, "b F H W"], choose: Choose, batch: int) -
     height, width = h.shape[2:]
     x = torch.zeros(batch, model.likelihood.channels, height, width, dtype=torch.long, device=h.device)
     u = model.unit(x)
-    with small_steps(h.device, batch):
-        for i, j in waves(model.decoder.window, height, width, h.device):
+    order = list(waves(model.decoder.window, height, width, h.device))
+    with small_steps(h.device, batch * height * width // len(order)):
+        for i, j in order:
             x[:, :, i, j] = values = choose(model.decoder.at(u, h, i, j), i, j)
             u[:, :, i, j] = model.unit(values)
     return x
