@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vlae.data import Images, generator
 from vlae.datasets import mnist_static
-from vlae.evaluation import CHUNK, estimates
+from vlae.evaluation import BLOCK, CHUNK, estimates
 from vlae.model import VLAE, load
 from vlae.records import commit, emit, hardware
 
@@ -39,7 +39,7 @@ def passes(model: VLAE, x: Tensor, z: Tensor, number: int) -> None:
     u = model.unit(x)
     for _ in range(number):
         model.prior(z)
-        model.likelihood.log_prob(model.decoder(u, model.decoder.features(z)), x)
+        model.likelihood.log_prob(model.decoder(u, model.decoder.features(z)), x.expand(len(z), -1, -1, -1))
 
 
 @torch.no_grad()
@@ -52,6 +52,8 @@ def measure(model: VLAE, x: Tensor, samples: int, chunk: int, arguments: argpars
     device = next(model.parameters()).device
     x = x[: max(1, arguments.rows // samples)]
     rows = x.repeat(-(-chunk // len(x)), 1, 1, 1)[:chunk].to(device)
+    if chunk // min(samples, BLOCK) < 2:
+        rows = rows[:1]  # as `estimates` does, whose passes are of one image then
     z = torch.randn(chunk, model.prior.code, generator=generator("z")).to(device)
     number = -(-len(x) * samples // chunk)
     times = []  # of all images: ours, bare passes, the plain way

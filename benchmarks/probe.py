@@ -24,6 +24,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for run in arguments.runs:
         model, images, folder = opened(run)
+        assert images is not None
         train, test = images.part("train"), images.part("test")
         chosen = torch.randperm(len(train.images), generator=generator("probe", images.seed))[: arguments.train]
         x, y = train.images[chosen], train.labels[chosen]  # type: ignore[index]

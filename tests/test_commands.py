@@ -1,6 +1,9 @@
 """Commands on trained models do what the model does, and spoil nothing when they cannot."""
 
 import json
+import math
+import os
+import pickle
 import re
 import sys
 from collections.abc import Callable
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small import DIGITS, command
+from small import DIGITS, ROOT, command
 from tiny import tiny
 
 import vlae
@@ -20,6 +23,7 @@ from vlae.data import generator
 from vlae.datasets import digits
 from vlae.figures import captioned, grid
 from vlae.gallery import PICTURES
+from vlae.model import save
 
 Vlae = Callable[..., str]
 
@@ -75,11 +79,13 @@ def test_evaluate(run: Path, call: Vlae, place: str) -> None:
 
 
 def test_sample(run: Path, call: Vlae) -> None:
+    drawn = []
     for seed in ("0", "0", "1"):
-        call("sample", str(run), "--seed", seed, "-o", f"out{seed}")
-    zero, one = (np.asarray(Image.open(f"out{seed}/samples.png")) for seed in "01")
-    assert zero.shape == one.shape
-    assert not np.array_equal(zero, one)
+        call("sample", str(run), "--seed", seed, "-o", "out")
+        drawn.append(np.asarray(Image.open("out/samples.png")))
+    assert np.array_equal(drawn[0], drawn[1])
+    assert drawn[0].shape == drawn[2].shape
+    assert not np.array_equal(drawn[0], drawn[2])
 
 
 def test_reconstruct(run: Path, call: Vlae) -> None:
@@ -121,6 +127,13 @@ def test_encode_one_s_own_pictures(run: Path, call: Vlae, many: bool) -> None:
     assert "labels" not in codes
 
 
+class Evil:
+    """Would leave a file, were it unpickled."""
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, ("touch ran",)
+
+
 @pytest.mark.parametrize(
     ("arguments", "found"),
     [
@@ -133,10 +146,17 @@ def test_encode_one_s_own_pictures(run: Path, call: Vlae, many: bool) -> None:
         (["encode", "broken"], r"broken/config\.json: not the settings of a run"),
         (["encode", "cut"], "cut/checkpoints/best.ckpt: not a VLAE that can be opened"),
         (["encode", "mnist_static", "--data", "digits"], r"images of \(1, 8, 8\), 17 levels; the model is for"),
-        (["encode", "mnist_static", "--data", "nothing"], "data._target_='vlae.datasets.nothing'"),
+        (["encode", "mnist_static", "--data", "nothing"], "--data=nothing: must be one of digits, mnist"),
+        (["encode", "own.safetensors"], "own.safetensors: say by --data what it was trained on: digits, mnist"),
+        (["encode", "evil"], "evil/config.json: the run calls code of posix; if you trust it, --allow posix"),
+        (["evaluate", "evil.ckpt"], "no run, as there is no"),
+        (["sample", "evil.safetensors"], "not a VLAE that can be opened"),
+        (["evaluate", "evil/checkpoints/evil.ckpt", "--allow", "nothing"], "calls code of posix"),
+        (["sample", "bad/checkpoints/evil.ckpt"], "refused, as it holds more than tensors and plain types"),
+        (["sample", "{run}", "-o", "fits.png"], "--output=fits.png: a file; pictures go into a folder"),
         (["reconstruct", "{run}", "fits.png"], "1 picture, at least 2"),
         (["evaluate", "{run}", "--samples", "0"], "samples=0: must be at least 1"),
-        (["evaluate", "{run}", "--batch", "-1"], "chunk=-1|batch=-1"),
+        (["evaluate", "{run}", "--batch", "-1"], "batch=-1: must be at least 1"),
         (["evaluate", "{run}", "--split", "tset"], "split=tset: must be one of train, validation, test"),
     ],
 )
@@ -148,6 +168,15 @@ def test_one_line_says_what_is_wrong(run: Path, call: Vlae, arguments: list[str]
         Path(name, "checkpoints").mkdir(parents=True)
     Path("broken/config.json").write_text('{"seed": 0')
     Path("cut/config.json").write_bytes((run / "config.json").read_bytes())
+    for name in ("evil", "bad"):
+        Path(name, "checkpoints").mkdir(parents=True)
+        config = json.loads((run / "config.json").read_text())
+        if name == "evil":
+            config |= {"allow": ["posix"], "data": {"_target_": "posix.system", "root": "touch ran"}}
+        Path(name, "config.json").write_text(json.dumps(config))
+    for path in ("evil.ckpt", "evil.safetensors", "evil/checkpoints/evil.ckpt", "bad/checkpoints/evil.ckpt"):
+        Path(path).write_bytes(pickle.dumps(Evil(), protocol=2))
+    Path("own.safetensors").write_bytes((ROOT / "weights" / "mnist_static.safetensors").read_bytes())
     Path("cut/checkpoints/best.ckpt").write_bytes((run / "checkpoints/best.ckpt").read_bytes()[:1000])
     (run / "codes.npz").write_text("kept")
     (run / "evaluate.json").write_text("kept")
@@ -175,7 +204,7 @@ def test_linear_probe() -> None:
     draw = np.random.default_rng(0)
     x, w = draw.normal(size=(600, 5)), draw.normal(size=(5, 3))
     y = (x @ w).argmax(1)
-    assert linear_probe(x[:400], y[:400], 100 * x[400:] / 100, y[400:]) > 0.9
+    assert linear_probe(x[:400], y[:400], x[400:], y[400:]) > 0.9
     shuffled = draw.permutation(y)
     assert linear_probe(x[:400], shuffled[:400], x[400:], shuffled[400:]) < 0.5
     # features of any scale are standardised alike
@@ -225,3 +254,35 @@ def test_captions_leave_the_picture_as_it_is() -> None:
     strip = found[: -picture.shape[0]]
     assert (strip < 128).any()
     assert (strip[:, -1] == 255).all()  # no word is cut off
+
+
+def test_names_from_inside_a_run(run: Path, call: Vlae, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run / "checkpoints")
+    out = call("sample", "best.ckpt")
+    assert str(run / "samples.png") in out
+
+
+def test_weights_of_one_s_own_need_no_data_for_pictures(call: Vlae) -> None:
+    Path("own.safetensors").write_bytes((ROOT / "weights" / "mnist_static.safetensors").read_bytes())
+    Image.new("L", (28, 28)).save("black.png")
+    call("sample", "own.safetensors", "-o", "out")
+    call("encode", "own.safetensors", "black.png", "-o", "out")
+    assert np.load("out/codes.npz")["mean"].shape == (1, 64)
+
+
+def test_codes_that_are_not_finite_are_not_written(run: Path, call: Vlae, tmp_path: Path) -> None:
+    model = vlae.load(run / "checkpoints" / "best.ckpt")
+    with torch.no_grad():
+        next(model.encoder.parameters()).fill_(math.nan)
+    save(model, Path("digits.safetensors"))
+    with pytest.raises(SystemExit, match=r"FloatingPointError: .*nothing is written"):
+        call("encode", "digits.safetensors", "-o", "codes.npz")
+    assert not Path("codes.npz").exists()
+
+
+def test_noise_of_other_images_is_refused() -> None:
+    model, x = vlae.load("mnist_static"), torch.zeros(4, 1, 28, 28, dtype=torch.long)
+    with pytest.raises(ValueError, match="K >= 1 draws for each of 4 images"):
+        encode(model, x, torch.zeros(0, 4, 64))
+    with pytest.raises(ValueError, match="no images"):
+        encode(model, x[:0], torch.zeros(1, 0, 64))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -207,6 +208,8 @@ def test_resumed_it_is_as_if_never_cut(tmp_path: Path) -> None:
 RANK = """
 import sys, torch, torch.distributed as dist
 from pathlib import Path
+from safetensors import safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import images, tiny
 from vlae.evaluation import estimates
@@ -251,8 +254,9 @@ def test_two_ranks_find_what_one_process_finds(tmp_path: Path) -> None:
         ({"samples": 0}, "samples=0: must be at least 1"),
         ({"samples": -3}, "samples=-3: must be at least 1"),
         ({"chunk": 0}, "chunk=0: must be at least 1"),
-        ({"x": torch.zeros(2, 1, 3, 4).long()}, "images of (1, 3, 4), 2 levels; the model is for (1, 3, 3), 2 levels"),
-        ({"x": 2 * X}, "images of (1, 3, 3), 3 levels; the model is for (1, 3, 3), 2 levels"),
+        ({"x": torch.zeros(2, 1, 3, 4).long()}, "images of int64 (1, 3, 4); the model is for integers (1, 3, 3)"),
+        ({"x": 2 * X}, "images of values 0 to 2; the model is for 0 to 1"),
+        ({"x": -X}, "images of values -1 to 0; the model is for 0 to 1"),
     ],
 )
 def test_what_does_not_fit_is_refused(changed: dict[str, object], message: str) -> None:
@@ -265,6 +269,8 @@ def test_no_noise_is_refused() -> None:
     with pytest.raises(ValueError) as caught:
         log_likelihood(tiny(), X, [])
     assert str(caught.value) == "noise: no samples; at least 1"
+    with pytest.raises(ValueError, match=rf"noise of shape \(3, 1, 2\) for {len(X)} images"):
+        log_likelihood(tiny(), X, [torch.zeros(3, 1, 2).double()])
 
 
 def test_what_is_not_finite_is_refused(tmp_path: Path) -> None:
@@ -299,7 +305,25 @@ def test_what_is_kept_of_another_evaluation_is_refused(
 def test_a_damaged_or_foreign_file_is_refused(tmp_path: Path) -> None:
     cut(tiny(), tmp_path, groups=1)
     file = tmp_path / "evaluate.0.part"
-    for damage in (lambda: file.write_bytes(file.read_bytes()[:-9]), lambda: save_file({"a": X}, file)):
+    whole = file.read_bytes()
+
+    def other(values: Tensor, done: Tensor) -> None:
+        """The right words about other arrays."""
+        file.write_bytes(whole)
+        with safe_open(file, "pt") as opened:
+            about = opened.metadata()
+        save_file({"values": values, "done": done}, file, about)
+
+    size = len(X)
+    for damage in (
+        lambda: file.write_bytes(whole[:-9]),
+        lambda: file.write_bytes(pickle.dumps({"values": 1})),
+        lambda: save_file({"a": X}, file),
+        lambda: save_file({"a": X}, file, {"vlae": "[1]"}),
+        lambda: other(torch.zeros(size, 4), torch.zeros(size, dtype=torch.bool)),
+        lambda: other(torch.zeros(size, 3).double(), torch.zeros(size, dtype=torch.bool)),
+        lambda: other(torch.zeros(size, 4).double(), torch.zeros(size)),
+    ):
         damage()
         with pytest.raises(ValueError, match=r"evaluate.0.part: not the results of an evaluation .*remove it"):
             estimates(tiny(), X, KEY, 20, 40, tmp_path)
@@ -350,12 +374,26 @@ def test_without_a_code_one_sample_is_enough(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "evaluate.json").read_text())["samples"] == 1
 
 
+def test_a_record_of_hours_is_not_lost(tmp_path: Path) -> None:
+    def run(split: str, samples: int) -> None:
+        evaluate(small(), Images(digits, None, 1, 1, seed=0), split, samples, None, tmp_path, {})
+
+    run("test", 2)
+    before = (tmp_path / "evaluate.json").read_bytes()
+    for split, samples in (("test", 1), ("validation", 2)):
+        with pytest.raises(ValueError, match=rf"holds test at 2 samples; move it to have {split} at {samples}"):
+            run(split, samples)
+    assert (tmp_path / "evaluate.json").read_bytes() == before
+    run("test", 3)
+    assert json.loads((tmp_path / "evaluate.json").read_text())["samples"] == 3
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"split": "tests"}, "split=tests: must be one of train, validation, test"),
         ({"samples": 0}, "samples=0: must be at least 1"),
-        ({"chunk": 0}, "chunk=0: must be at least 1"),
+        ({"chunk": 0}, "batch=0: must be at least 1"),
         ({"model": small(256)}, "images of (1, 8, 8), 17 levels; the model is for (1, 8, 8), 256 levels"),
         ({"model": tiny()}, "images of (1, 8, 8), 17 levels; the model is for (1, 3, 3), 2 levels"),
     ],

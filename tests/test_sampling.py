@@ -332,7 +332,7 @@ def test_completions_follow_the_density_given_the_upper_rows(receptive_field: st
     [
         (-1, 2, "rows=-1: must be 0 to 5, the height of the images"),
         (6, 2, "rows=6: must be 0 to 5, the height of the images"),
-        (2, 0, "eps: holds no code to choose from, needs 1 or more for each image"),
+        (2, 0, "noise of shape (0, 1, 2); K >= 1 draws for each of 1 images are needed"),
     ],
 )
 def test_refuses_completions_that_cannot_be(rows: int, codes: int, message: str) -> None:
@@ -369,3 +369,20 @@ def test_the_number_of_threads_comes_back(batch: int) -> None:
         assert found == [1 if batch == 3 else 2]
     finally:
         torch.set_num_threads(before)
+
+
+def test_other_shapes_are_refused() -> None:
+    """Sizes that the layers would take all the same."""
+    model = tiny((1, 8, 8))
+    eps, uniform = noise(model, 2)
+    x, pick = torch.zeros(2, 1, 8, 8, dtype=torch.long), torch.rand(1, 2)
+    for size in ((8, 9), (7, 7), (9, 8)):
+        other, pixels = x.new_zeros(2, 1, *size), uniform.new_zeros(2, 1, *size)
+        with pytest.raises(ValueError, match=rf"images of int64 \(1, {size[0]}, {size[1]}\); .* \(1, 8, 8\)"):
+            reconstruct(model, other, eps, pixels)
+        with pytest.raises(ValueError, match=rf"images of \(1, {size[0]}, {size[1]}\); the model is for \(1, 8, 8\)"):
+            complete(model, other, 2, eps[None], pick, pixels[None])
+        with pytest.raises(ValueError, match=r"uniform of shape .*; \(2, 1, 8, 8\) is needed"):
+            sample(model, eps, pixels)
+    with pytest.raises(ValueError, match="images of values 0 to 2; the model is for 0 to 1"):
+        complete(model, x + 2 * torch.eye(8).long(), 2, eps[None], pick, uniform[None])

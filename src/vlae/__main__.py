@@ -65,6 +65,8 @@ def main() -> None:
         command.add_argument(
             "model", metavar="RUN", help="a run's folder, a checkpoint in it, or shipped weights by name"
         )
+        text = "a package besides vlae whose code the run may call; may be given again"
+        command.add_argument("--allow", metavar="PACKAGE", action="append", default=[], help=text)
         if name == "export":
             command.add_argument("name", metavar="NAME", help="of weights/NAME.safetensors")
             continue
@@ -76,7 +78,8 @@ def main() -> None:
             command.add_argument("--samples", type=int, default=4096, help="codes an image (default 4096)")
             command.add_argument("--batch", type=int, help="images x samples at once")
         else:
-            command.add_argument("-o", "--output", type=Path, help="where to write, instead of beside the run")
+            text = "a file or folder" if name == "encode" else "a folder"
+            command.add_argument("-o", "--output", type=Path, help=f"{text} to write to, instead of beside the run")
         if name != "sample":
             text = "what shipped weights were trained on, if not what they are named after"
             command.add_argument("--data", metavar="NAME", help=text)
@@ -89,7 +92,7 @@ def main() -> None:
         arguments.overrides += more  # those that stand behind an option
     try:
         arguments.call(arguments)  # imports come there, so that --help does not wait for torch
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 

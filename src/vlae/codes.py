@@ -21,7 +21,14 @@ class Codes(NamedTuple):
 
 @torch.no_grad()
 def encode(model: VLAE, x: Integer[Tensor, "B C H W"], eps: Float[Tensor, "K B D"], batch: int = 500) -> Codes:
-    """The codes of images; `eps` ~ N(0, 1) gives the K draws by which their rate is averaged. On the CPU."""
+    """The codes of images; `eps` ~ N(0, 1) gives the K draws by which their rate is averaged. On the CPU.
+
+    Raises:
+        ValueError: for images that the model is not for, none, or noise of another shape.
+    """
+    if not len(x):
+        raise ValueError("no images to encode")
+    model.refuse_other(x, eps)
     device, parts = next(model.parameters()).device, []
     for k in range(0, len(x), batch):
         q = model.encode(x[k : k + batch].to(device))

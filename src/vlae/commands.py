@@ -5,8 +5,10 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from rich.console import Console
 from vlae.codes import encode as codes_of
 from vlae.dashboard import show
 from vlae.data import Images, generator, independent_pixels
-from vlae.datasets import Part, Splits
+from vlae.datasets import SETS, Part, Splits
 from vlae.evaluation import evaluate as score
 from vlae.evaluation import refuse_other
 from vlae.experiment import evaluated, images_for, kept, prepare, quiet
@@ -26,32 +28,49 @@ from vlae.model import VLAE, load, save
 from vlae.records import commit, write
 
 
-def opened(run: str, data: str | None = None) -> tuple[VLAE, Images, Path]:
+def opened(run: str, data: str | None = None, allow: Sequence[str] = ()) -> tuple[VLAE, Images | None, Path]:
     """The model, its images and the folder for results of a run's folder, of a checkpoint in it, or of weights.
 
-    Weights do not say what they were trained on: `data` names the set, by default the one they are named after.
+    Weights do not say what they were trained on: `data` names the set, by default the one they are named after; None
+    where that is none. No code is called but vlae's and that of the packages in `allow`.
 
     Raises:
         FileNotFoundError: if there is no such run.
-        ValueError: for a damaged file or an unknown data set.
+        ValueError: for a damaged file, an unknown data set, or a run that needs other packages.
     """
-    path, allow = Path(run), ("vlae.",)
+    path, packages = Path(run), ("vlae.", *allow)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not path.is_dir() and path.suffix != ".ckpt":
-        model, name = load(run), data or path.stem
+        names, name = [dataset.__name__ for dataset in SETS], data or path.stem
+        if data and data not in names:
+            raise ValueError(f"--data={data}: must be one of {', '.join(names)}")
         section = {"_target_": f"vlae.datasets.{name}", "root": None, "batch_size": 1, "eval_batch_size": 1}
-        return model, images_for(section, 0, allow), Path("runs") / path.stem
-    folder = path if path.is_dir() else path.parent.parent
+        images = images_for(section, 0, packages) if name in names else None
+        return load(run, packages).to(device), images, Path("runs") / path.stem
+    folder = path if path.is_dir() else path.absolute().parent.parent
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{run}: no run, as there is no {file}")
     if data:
         raise ValueError(f"--data={data}: {folder} was trained on its own data; leave it out")
+    config = settings(file, allow)
+    images = images_for(config["data"], config["seed"], packages)
+    return load(kept(folder) if path.is_dir() else path, packages).to(device), images, folder
+
+
+def settings(file: Path, allow: Sequence[str]) -> dict[str, Any]:
+    """A run's config.json; ValueError if it is damaged, or calls packages that the user does not."""
     try:
         config = json.loads(file.read_text())
-        section, seed, allow = config["data"], config["seed"], ("vlae.", *config["allow"])
+        foreign = sorted({*config["allow"]} - {*allow})
+        _ = config["data"], config["seed"]
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{file}: not the settings of a run: {error}") from error
-    return load(kept(folder) if path.is_dir() else path, allow), images_for(section, seed, allow), folder
+    if foreign:
+        raise ValueError(
+            f"{file}: the run calls code of {', '.join(foreign)}; if you trust it, --allow {' '.join(foreign)}"
+        )
+    return config
 
 
 def line() -> str:
@@ -59,44 +78,61 @@ def line() -> str:
     return shlex.join(["python", "-m", "vlae", *sys.argv[1:]])
 
 
-def evaluate(run: str, data: str | None, split: str, samples: int, batch: int | None) -> None:
+def given(images: Images | None, run: str) -> Images:
+    if images is None:
+        raise ValueError(f"{run}: say by --data what it was trained on: {', '.join(one.__name__ for one in SETS)}")
+    return images
+
+
+def evaluate(run: str, data: str | None, allow: Sequence[str], split: str, samples: int, batch: int | None) -> None:
     """Log-likelihood by importance sampling: a table, and evaluate.json beside the run."""
-    model, images, folder = opened(run, data)
+    model, found, folder = opened(run, data, allow)
+    images = given(found, run)
     name = getattr(images.dataset, "func", images.dataset).__name__
     score(model, images, split, samples, batch, folder, {"command": line(), "data": name})
 
 
-def shown(model: VLAE, images: Images, source: str) -> Part:
+def shown(model: VLAE, images: Images | None, run: str, source: str) -> Part:
     """A split of the model's data set, or pictures of exactly the model's size, as a file or a folder of them.
 
     Raises:
         ValueError: if it is neither, or the pictures do not fit the model.
     """
-    splits, shape = Splits._fields[:3], model.decoder.shape
-    if source not in splits:
+    if source not in Splits._fields[:3]:
         if not Path(source).exists():
-            raise ValueError(f"{source}: neither {', '.join(splits)} nor a file or folder of pictures")
-        return Part(alike(Path(source), shape, model.likelihood.levels))
-    refuse_other(model, images.shape, images.levels)
+            splits = ", ".join(Splits._fields[:3])
+            raise ValueError(f"{source}: neither {splits} nor a file or folder of pictures")
+        return Part(alike(Path(source), model.decoder.shape, model.likelihood.levels))
+    images = given(images, run)
+    refuse_other(model, images)
     return images.part(source)  # type: ignore[arg-type]
 
 
-def sample(run: str, seed: int, output: Path | None) -> None:
+def place(folder: Path, output: Path | None) -> Path:
+    """The folder to draw into; ValueError if it is a file."""
+    if output and output.exists() and not output.is_dir():
+        raise ValueError(f"--output={output}: a file; pictures go into a folder")
+    return output or folder
+
+
+def sample(run: str, allow: Sequence[str], seed: int, output: Path | None) -> None:
     """Draws samples.png, beside the run or in `output`."""
-    model, _, folder = opened(run)
-    x = torch.zeros(8, *model.decoder.shape, dtype=torch.long)
-    draw(model, x, ["samples"], seed, output or folder)
-    say(f"{(output or folder) / 'samples.png'}")
+    model, _, folder = opened(run, None, allow)
+    folder = place(folder, output)
+    device = next(model.parameters()).device
+    draw(model, torch.zeros(8, *model.decoder.shape, dtype=torch.long, device=device), ["samples"], seed, folder)
+    say(str(folder / "samples.png"))
 
 
-def reconstruct(run: str, data: str | None, source: str, seed: int, output: Path | None) -> None:
+def reconstruct(run: str, data: str | None, allow: Sequence[str], source: str, seed: int, output: Path | None) -> None:
     """Draws, beside the run or in `output`, what codes keep of images, in every way of `vlae.gallery`."""
-    model, images, folder = opened(run, data)
-    part = shown(model, images, source)
+    model, images, folder = opened(run, data, allow)
+    part, folder = shown(model, images, run, source), place(folder, output)
     if len(part.images) < 2:
         raise ValueError(f"{source}: {len(part.images)} picture, at least 2 are needed")
     chosen = torch.randperm(len(part.images), generator=generator("shown", seed))[:1000]
-    x, folder = part.images[chosen].long(), output or folder
+    x = part.images[chosen].long().to(next(model.parameters()).device)
+    model.encode(x[:1])  # refuses what does not fit before anything is drawn
     written = [folder / f"{name}.png" for name in draw(model, x, PICTURES, seed, folder)]
     try:
         written += plot(model, x, seed, folder)
@@ -105,15 +141,20 @@ def reconstruct(run: str, data: str | None, source: str, seed: int, output: Path
     say(", ".join(map(str, written)))
 
 
-def encode(run: str, data: str | None, source: str, output: Path | None) -> None:
+def encode(run: str, data: str | None, allow: Sequence[str], source: str, output: Path | None) -> None:
     """Writes codes.npz: arrays mean and scale [N D], rate [N] in nats, and labels [N] where there are any.
 
     Rates are by one draw of each code; of a split, by the draw that training and testing use.
     """
-    model, images, folder = opened(run, data)
-    part, path = shown(model, images, source), output or folder / "codes.npz"
-    noise = generator("eps", images.seed, source if source in Splits._fields[:3] else "pictures")
-    codes = codes_of(model, part.images, torch.randn(1, len(part.images), model.prior.code, generator=noise))
+    model, images, folder = opened(run, data, allow)
+    path = output or folder
+    path = path / "codes.npz" if path.suffix != ".npz" or path.is_dir() else path
+    part = shown(model, images, run, source)
+    key = ("eps", images.seed, source) if images and source in Splits._fields[:3] else ("eps", "pictures")
+    noise = torch.randn(1, len(part.images), model.prior.code, generator=generator(*key))
+    codes = codes_of(model, part.images, noise)
+    if not all(tensor.isfinite().all() for tensor in codes):
+        raise FloatingPointError(f"{run}: codes that are not finite; nothing is written")
     arrays = {name: tensor.numpy() for name, tensor in codes._asdict().items()}
     if part.labels is not None:
         arrays["labels"] = part.labels.numpy()
@@ -128,7 +169,7 @@ def say(line: str) -> None:
     Console().print(line, soft_wrap=True, highlight=False)
 
 
-def export(run: str, name: str) -> None:
+def export(run: str, allow: Sequence[str], name: str) -> None:
     """Stores a finished run's weights in half precision as weights/<name>.safetensors with a card, weights/<name>.md,
     and results/<name>_weights.json: test figures of the stored weights, evaluated in float32.
 
@@ -141,11 +182,11 @@ def export(run: str, name: str) -> None:
         raise FileNotFoundError(f"{folder}: no finished run (it has no metrics.json)")
     begun, code, path = time.time(), commit(), Path("weights") / f"{name}.safetensors"
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    config, trained = (json.loads((folder / f"{file}.json").read_text()) for file in ("config", "metrics"))
+    config, trained = settings(folder / "config.json", allow), json.loads((folder / "metrics.json").read_text())
     asked, images, model = prepare(config)
-    allow = ("vlae.", *asked.allow)
-    save(load(kept(folder), allow), path)
-    model.model.load_state_dict(load(path, allow).state_dict())
+    packages = ("vlae.", *allow)
+    save(load(kept(folder), packages), path)
+    model.model.load_state_dict(load(path, packages).state_dict())
     trainer = Trainer(devices=1, logger=False, use_distributed_sampler=False, enable_checkpointing=False)
     metrics = dict(trainer.test(model, images, verbose=False)[0])
     metrics["independent_pixels/bits_per_dim"] = independent_pixels(images.splits)

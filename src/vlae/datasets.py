@@ -236,3 +236,6 @@ def read(
         if verify:
             check(content, checksum)
         return parse(content)
+
+
+SETS = (digits, mnist, mnist_grey, mnist_static, omniglot, omniglot_original, caltech101, cifar10)

@@ -50,11 +50,13 @@ def log_likelihood(model: VLAE, x: Integer[Tensor, "B C H W"], noise: Iterable[T
     Raises:
         ValueError: for images of another shape or more levels than the model's, or no noise.
     """
-    refuse_other(model, tuple(x.shape[1:]), max(model.likelihood.levels, int(x.max()) + 1))
+    model.refuse_other(x)
     q = model.encode(x)
     samples, zero = 0, torch.zeros(len(x), dtype=torch.float64, device=x.device)
     total, squares, elbo, rate = zero.log(), zero.log(), zero, zero
     for eps in noise:
+        if eps.shape[1] != len(x):
+            raise ValueError(f"noise of shape {tuple(eps.shape)} for {len(x)} images; [k, {len(x)}, D] is needed")
         k = len(eps)
         rows = x if len(x) == 1 else x.repeat(k, 1, 1, 1)
         z, log_qz = Normal(*(part.repeat(k, 1) for part in q)).rsample_with_log_prob(eps.flatten(0, 1))
@@ -67,13 +69,6 @@ def log_likelihood(model: VLAE, x: Integer[Tensor, "B C H W"], noise: Iterable[T
     if samples == 0:
         raise ValueError("noise: no samples; at least 1")
     return Estimate(total - math.log(samples), (2 * total - squares).exp(), rate / samples, -(elbo + rate) / samples)
-
-
-def refuse_other(model: VLAE, shape: tuple[int, ...], levels: int) -> None:
-    """ValueError for images (C, H, W) that the model is not for."""
-    wanted = tuple(model.description["shape"]), model.description["levels"]
-    if (shape, levels) != wanted:
-        raise ValueError(f"images of {shape}, {levels} levels; the model is for {wanted[0]}, {wanted[1]} levels")
 
 
 def noise(
@@ -115,6 +110,7 @@ def estimates(
     if folder:
         about = {"samples": samples, "key": list(key), "images": digest(x)}
         about["weights"] = digest(*model.state_dict().values())
+        about["model"] = model.description
         for file in folder.glob("evaluate.*.part"):
             values, done = resumed(file, about, values, done)
     saved = time.monotonic()
@@ -155,7 +151,10 @@ def resumed(file: Path, about: dict[str, Any], values: Tensor, done: Tensor) -> 
         with safe_open(file, "pt") as opened:
             begun = json.loads(opened.metadata()["vlae"])
             kept, finished = opened.get_tensor("values"), opened.get_tensor("done")
-    except (SafetensorError, ValueError, LookupError, TypeError) as error:
+        for mine, theirs in ((values, kept), (done, finished)):
+            if (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
+                raise ValueError(f"{theirs.dtype} {list(theirs.shape)} instead of {mine.dtype} {list(mine.shape)}")
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: not the results of an evaluation ({error}); remove it") from error
     for name, now in about.items():
         if begun.get(name) != now:
@@ -176,8 +175,15 @@ def evaluate(
     begun, started, code = time.time(), datetime.now(UTC).isoformat(timespec="seconds"), commit()
     if split not in Splits._fields[:3]:
         raise ValueError(f"split={split}: must be one of {', '.join(Splits._fields[:3])}")
-    refuse_other(model, images.shape, images.levels)
-    if dist.is_torchelastic_launched() and not dist.is_initialized():
+    for name, size in (("samples", samples), ("batch", chunk)):
+        if size is not None and size < 1:
+            raise ValueError(f"{name}={size}: must be at least 1")
+    if split == "validation" and images.train_on_validation:
+        raise ValueError("split=validation: the run was trained on it (data.train_on_validation)")
+    refuse_other(model, images)
+    refuse_loss(folder / "evaluate.json", split, samples)
+    begun_here = dist.is_torchelastic_launched() and not dist.is_initialized()
+    if begun_here:
         dist.init_process_group()
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
@@ -216,4 +222,26 @@ def evaluate(
             table.add_row(name, f"{value:.{digits}f}", unit)
         Console().print(table)
         Console().print(f"{folder / 'evaluate.json'}: {-log_px:.3f} nats", soft_wrap=True, highlight=False)
+    if begun_here:
+        dist.destroy_process_group()
     return metrics
+
+
+def refuse_other(model: VLAE, images: Images) -> None:
+    """ValueError for a data set that the model is not for."""
+    shape, levels = tuple(model.decoder.shape), model.likelihood.levels
+    if (images.shape, images.levels) != (shape, levels):
+        raise ValueError(f"images of {images.shape}, {images.levels} levels; the model is for {shape}, {levels} levels")
+
+
+def refuse_loss(file: Path, split: str, samples: int) -> None:
+    """ValueError where an older record is of another split, or of more samples: it may have taken hours."""
+    try:
+        old: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"split": split, "samples": 0}
+        other, more = old["split"] != split, old["samples"] > samples
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{file}: no record of an evaluation ({error}); move it elsewhere") from error
+    if other or more:
+        raise ValueError(
+            f"{file}: holds {old['split']} at {old['samples']} samples; move it to have {split} at {samples}"
+        )

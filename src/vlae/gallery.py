@@ -68,7 +68,8 @@ PICTURES: dict[str, Callable[[VLAE, Images, torch.Generator], Picture]] = {
 
 def draw(model: VLAE, x: Images, names: Iterable[str], seed: int, folder: Path) -> dict[str, Picture]:
     """Writes the named pictures of eight of the images as PNG files, and returns them; the same noise for a seed."""
-    drawn = {name: PICTURES[name](model, x[:8], generator("pictures", seed)) for name in names}
+    x = x[:8].long()
+    drawn = {name: PICTURES[name](model, x, generator("pictures", seed)) for name in names}
     for name, picture in drawn.items():
         save(picture, folder / f"{name}.png")
     return drawn

@@ -56,8 +56,21 @@ class VLAE(nn.Module):
         return x.to(next(self.decoder.parameters()).dtype) * (2 / (self.likelihood.levels - 1)) - 1
 
     def encode(self, x: Integer[Tensor, "B C H W"]) -> Normal:
-        """q(z | x)."""
+        """q(z | x). ValueError for another shape than the model's, or for floats."""
+        if x.shape[1:] != self.decoder.shape or x.is_floating_point():
+            found = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape[1:])}"
+            raise ValueError(f"images of {found}; the model is for integers {tuple(self.decoder.shape)}")
         return self.encoder(self.unit(x))
+
+    def refuse_other(self, x: Integer[Tensor, "B C H W"], noise: Float[Tensor, "K B D"] | None = None) -> None:
+        """ValueError for values that are no levels, or noise that is not for these images; waits for the device."""
+        low, high = (int(x.min()), int(x.max())) if x.numel() else (0, 0)
+        if low < 0 or high >= self.likelihood.levels:
+            raise ValueError(f"images of values {low} to {high}; the model is for 0 to {self.likelihood.levels - 1}")
+        if noise is not None and (len(noise) == 0 or noise.shape[1] != len(x)):
+            raise ValueError(
+                f"noise of shape {tuple(noise.shape)}; K >= 1 draws for each of {len(x)} images are needed"
+            )
 
     def terms(self, x: Integer[Tensor, "#B C H W"], z: Float[Tensor, "B D"], log_qz: Float[Tensor, "B"]) -> Terms:
         params = self.decoder(self.unit(x), self.decoder.features(z))
@@ -129,6 +142,9 @@ def load(path: str | Path, allow: tuple[str, ...] = ("vlae.",)) -> VLAE:
             state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
         model = build(config["model"], tuple(config["shape"]), config["levels"], allow)
         model.load_state_dict(state)
-    except (ValueError, TypeError, LookupError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
-        raise ValueError(f"{file}: not a VLAE that can be opened: {error}") from error
+    except UnpicklingError as error:
+        raise ValueError(f"{file}: refused, as it holds more than tensors and plain types, or is damaged") from error
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, EOFError, SafetensorError) as error:
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"{file}: not a VLAE that can be opened: {why}") from error
     return model.eval()

@@ -1,4 +1,4 @@
-"""Images from noise: pixels that do not see one another are drawn together, at the cost of about one forward pass."""
+"""Images from noise: pixels that do not see one another are drawn together; a batch costs about a forward pass."""
 
 from collections.abc import Callable, Iterator
 
@@ -48,7 +48,10 @@ def scan(model: VLAE, h: Float[Tensor, "b F H W"], choose: Choose, batch: int) -
 
 @torch.no_grad()
 def decode(model: VLAE, z: Float[Tensor, "B D"], uniform: Float[Tensor, "B C H W"]) -> Int[Tensor, "B C H W"]:
-    """Pixels drawn from p(x | z) at `uniform` in [0, 1)."""
+    """Pixels drawn from p(x | z) at `uniform` in [0, 1); ValueError for another shape than the model's images have."""
+    if uniform.shape != (len(z), *model.decoder.shape):
+        wanted = (len(z), *model.decoder.shape)
+        raise ValueError(f"uniform of shape {tuple(uniform.shape)}; {wanted} is needed, a number for each value")
     h = model.decoder.features(z)
     return scan(model, h, lambda params, i, j: model.likelihood.sample(params, uniform[:, :, i, j]), len(z))
 
@@ -103,8 +106,9 @@ def complete(
     height, width = x.shape[2:]
     if not 0 <= rows <= height:
         raise ValueError(f"rows={rows}: must be 0 to {height}, the height of the images")
-    if not len(eps):
-        raise ValueError("eps: holds no code to choose from, needs 1 or more for each image")
+    if x.shape[1:] != model.decoder.shape:
+        raise ValueError(f"images of {tuple(x.shape[1:])}; the model is for {tuple(model.decoder.shape)}")
+    model.refuse_other(x, eps)
     given = torch.arange(rows * width, device=x.device)
     i, j = given // width, given % width
 
