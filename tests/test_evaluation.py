@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy.special import logsumexp
 from scipy.stats import norm
@@ -208,7 +209,6 @@ def test_resumed_it_is_as_if_never_cut(tmp_path: Path) -> None:
 RANK = """
 import sys, torch, torch.distributed as dist
 from pathlib import Path
-from safetensors import safe_open
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import images, tiny
