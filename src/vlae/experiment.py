@@ -233,15 +233,15 @@ def run(config: dict[str, Any], folder: Path, command: str) -> dict[str, float]:
         if asked.record:
             head = {"name": asked.record, "command": command, "commit": code, "date": started}
             write(Path("results") / f"{asked.record}.json", {**head, **about, **cost, "metrics": metrics})
-        left = "metrics.json, samples.png, reconstructions.png, checkpoints/"
+        left = "metrics.json, checkpoints/"
         curves = read_metrics(folder / "logs")
         try:
             if curves.keys() & {"train/rate", "val/rate"}:  # none in a run of a few steps
                 learning_curves(curves, folder / "learning_curves.png")
-                left += ", learning_curves.png"
         except ImportError as error:
             left += f"; no learning curves: {error}"
         metrics |= {"parameters": about["parameters"], **cost}
         write(finished, metrics)
-        show(metrics, f"{folder}: {left}")
+        drawn = ", ".join(sorted(path.name for path in folder.glob("*.png")))
+        show(metrics, f"{folder}: {drawn}, {left}")
     return metrics
