@@ -38,7 +38,7 @@ def main() -> None:
         emit(
             {
                 "bench": "probe",
-                "data": getattr(images.dataset, "func", images.dataset).__name__,
+                "data": images.dataset_name,
                 "device": hardware(torch.device("cpu")),
                 "receptive_field": model.description["model"]["decoder"]["receptive_field"],
                 "rate": round(metrics["test/rate"], 3),

@@ -88,8 +88,7 @@ def evaluate(run: str, data: str | None, allow: Sequence[str], split: str, sampl
     """Log-likelihood by importance sampling: a table, and evaluate.json beside the run."""
     model, found, folder = opened(run, data, allow)
     images = given(found, run)
-    name = getattr(images.dataset, "func", images.dataset).__name__
-    score(model, images, split, samples, batch, folder, {"command": line(), "data": name})
+    score(model, images, split, samples, batch, folder, {"command": line()})
 
 
 def shown(model: VLAE, images: Images | None, run: str, source: str) -> Part:

@@ -193,6 +193,16 @@ class Images(LightningDataModule):
         return self.splits.levels
 
     @property
+    def dataset_name(self) -> str:
+        """Of the data set's function."""
+        return getattr(self.dataset, "func", self.dataset).__name__
+
+    @property
+    def binarisation(self) -> str:
+        """`dynamic`: drawn anew each time; `static`: fixed; `none`: of more than two levels."""
+        return "dynamic" if self.splits.dynamic else "static" if self.levels == 2 else "none"
+
+    @property
     def ranks(self) -> tuple[int, int]:
         """(world size, own rank); (1, 0) without a Trainer."""
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)

@@ -210,9 +210,15 @@ def evaluate(
     prefix = "val" if split == "validation" else split
     metrics = {f"{prefix}/{name}": value for name, (value, _, _) in figures.items()}
     if not dist.is_initialized() or dist.get_rank() == 0:
-        binarisation = "dynamic" if images.splits.dynamic else "static" if images.levels == 2 else "none"
-        record = {**about, "commit": code, "date": started, "hardware": hardware(device), "split": split}
-        record |= {"binarisation": binarisation, "seed": images.seed, "samples": samples, "images": len(x)}
+        record = {
+            **about,
+            "data": images.dataset_name,
+            "commit": code,
+            "date": started,
+            "hardware": hardware(device),
+            "split": split,
+        }
+        record |= {"binarisation": images.binarisation, "seed": images.seed, "samples": samples, "images": len(x)}
         record |= {"wall_s": round(time.time() - begun, 1), "metrics": metrics}
         write(folder / "evaluate.json", record)
         for file in folder.glob("evaluate.*.part"):

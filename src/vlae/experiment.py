@@ -155,9 +155,9 @@ def evaluated(asked: Settings, images: Images, model: LitVLAE, trainer: Trainer)
     """The part of a record that says what was evaluated, where."""
     return {
         "hardware": hardware(trainer.strategy.root_device),  # the model is back on the CPU by now
-        "data": asked.data["_target_"].rsplit(".", 1)[1],
+        "data": images.dataset_name,
         "split": "test",
-        "binarisation": "dynamic" if images.splits.dynamic else "static" if images.levels == 2 else "none",
+        "binarisation": images.binarisation,
         "seed": asked.seed,
         "parameters": sum(p.numel() for p in model.model.parameters()),
     }
