@@ -17,7 +17,8 @@ from small import CPU, DIGITS, ROOT, TINY, command, config, overrides, write_fil
 
 from vlae import build
 from vlae.datasets import Splits
-from vlae.experiment import RESUMABLE, run
+from vlae.experiment import run
+from vlae.records import RESUMABLE
 
 TRAIN = SimpleNamespace(**run_path(str(ROOT / "train.py")))
 YAML = {group: sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml")) for group in ("data", "experiment")}

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import sys
 import time
 import warnings
@@ -11,7 +10,7 @@ from datetime import UTC, datetime
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -24,11 +23,10 @@ from vlae.dashboard import Pictures, show
 from vlae.data import Images, independent_pixels
 from vlae.figures import learning_curves, read_metrics
 from vlae.model import load
-from vlae.records import commit, hardware, write
+from vlae.records import RESUMABLE, commit, flat, hardware, write
 from vlae.schema import check, resolve
+from vlae.tracking import tracked
 from vlae.training import Averaging, LitVLAE
-
-RESUMABLE = ("trainer", "wandb", "record")  # what may change when a run is continued
 
 
 @dataclass
@@ -50,14 +48,6 @@ class Settings:
     patience: int | None
 
 
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as `model.prior.depth: 4`."""
-    pairs: dict[str, Any] = {}
-    for key, value in config.items():
-        pairs |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return pairs
-
-
 def refuse_other(folder: Path, config: dict[str, Any]) -> None:
     """ValueError naming the first setting in which the run that `folder` holds differs from `config`."""
     path = folder / "config.json"
@@ -72,19 +62,6 @@ def refuse_other(folder: Path, config: dict[str, Any]) -> None:
                 f"{folder} holds a run with {key}={old.get(key)!r}, now {new.get(key)!r}; "
                 "give another `folder`, or remove it"
             )
-
-
-def wandb_logger(*, mode: Literal["offline", "online", "disabled"], project: str, folder: Path) -> list[Logger]:
-    """No logger where `mode` is disabled."""
-    if mode == "disabled":
-        return []
-    os.environ.setdefault("WANDB_SILENT", "true")  # read at import
-    try:
-        import wandb  # noqa: F401
-        from lightning.pytorch.loggers import WandbLogger
-    except ImportError as error:
-        raise ValueError(f"wandb.mode={mode}: wandb is not installed; install it or set wandb.mode=disabled") from error
-    return [WandbLogger(project=project, name=folder.name, save_dir=folder, offline=mode == "offline")]
 
 
 def images_for(data: dict[str, Any], seed: int, allow: tuple[str, ...]) -> Images:
@@ -199,32 +176,27 @@ def run(config: dict[str, Any], folder: Path, command: str) -> dict[str, float]:
         return metrics
     if asked.init_from and not newest.exists():
         model.start_from(load(asked.init_from, ("vlae.", *asked.allow)))
-    check(wandb_logger, asked.wandb, "wandb", supplied=("folder",))
-    loggers = wandb_logger(**asked.wandb, folder=folder)
-    trainer = trainer_for(asked, images, folder, loggers)
-    model.refuse_endless(trainer)
-    images.trainer = trainer  # it knows the number of devices
-    images.setup()
-
-    # in this order: another process must not see the old result beside the new settings
-    rank_zero_only(finished.unlink)(missing_ok=True)
-    rank_zero_only(write)(folder / "config.json", config)
     try:
-        for logger in loggers:
-            logger.log_hyperparams(flat(config))
-        trainer.fit(model, images, ckpt_path=newest if newest.exists() else None, weights_only=True)
-        # not `test(ckpt_path=...)`: that would load the weights without the average
-        weights = torch.load(kept(folder), map_location="cpu", weights_only=True)
-        model.load_state_dict(weights["state_dict"])
-        begun = time.time()
-        metrics = {**weights["metrics"], **trainer.test(model, images, verbose=False)[0]}
-        timer = next(callback for callback in trainer.callbacks if isinstance(callback, Timer))  # type: ignore[attr-defined]
-        wall = timer.time_elapsed("train") + time.time() - begun
+        with tracked(asked.wandb, folder) as loggers:
+            trainer = trainer_for(asked, images, folder, loggers)
+            model.refuse_endless(trainer)
+            images.trainer = trainer  # it knows the number of devices
+            images.setup()
+            # in this order: another process must not see the old result beside the new settings
+            rank_zero_only(finished.unlink)(missing_ok=True)
+            rank_zero_only(write)(folder / "config.json", config)
+            for logger in loggers:
+                logger.log_hyperparams(flat(config))
+            trainer.fit(model, images, ckpt_path=newest if newest.exists() else None, weights_only=True)
+            # not `test(ckpt_path=...)`: that would load the weights without the average
+            weights = torch.load(kept(folder), map_location="cpu", weights_only=True)
+            model.load_state_dict(weights["state_dict"])
+            begun = time.time()
+            metrics = {**weights["metrics"], **trainer.test(model, images, verbose=False)[0]}
+            timer = next(callback for callback in trainer.callbacks if isinstance(callback, Timer))  # type: ignore[attr-defined]
+            wall = timer.time_elapsed("train") + time.time() - begun
     except SIGTERMException:
         sys.exit(143)  # its own exit code would be 0
-    finally:
-        if loggers:  # or the next run of a sweep would go on in this one's dashboard
-            sys.modules["wandb"].finish()
     metrics["independent_pixels/bits_per_dim"] = independent_pixels(images.splits)
     if trainer.is_global_zero:
         seen = images.state_dict()["number"] * images.batch_size * trainer.world_size

@@ -9,6 +9,16 @@ from typing import Any
 
 import torch
 
+RESUMABLE = ("trainer", "wandb", "record")  # sections of a run's settings that may change when it goes on
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as `model.prior.depth: 4`."""
+    pairs: dict[str, Any] = {}
+    for key, value in config.items():
+        pairs |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return pairs
+
 
 def write(path: Path, content: dict[str, Any]) -> None:
     """A JSON file that is whole or not there."""
