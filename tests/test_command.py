@@ -8,8 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from runpy import run_path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,9 +16,9 @@ from small import CPU, DIGITS, ROOT, TINY, command, config, overrides, write_fil
 from vlae import build
 from vlae.datasets import Splits
 from vlae.experiment import run
+from vlae.launch import UNNAMED, lasting, named
 from vlae.records import RESUMABLE
 
-TRAIN = SimpleNamespace(**run_path(str(ROOT / "train.py")))
 YAML = {group: sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml")) for group in ("data", "experiment")}
 
 
@@ -95,27 +93,26 @@ def test_every_experiment_takes_two_steps(experiment: str, files: Path, here: Pa
     ],
 )
 def test_a_folder_is_named_by_what_was_asked_for(overrides: list[str], name: str) -> None:
-    assert TRAIN.run_folder(overrides, "digits") == Path("runs") / "digits" / name
+    assert named(lasting(overrides, "digits")) == name
 
 
 def test_long_names_are_cut_but_differ() -> None:
     widths = [f"model.encoder.widths=[{','.join(['8'] * n)}]" for n in (80, 81)]
-    one, two = (TRAIN.run_folder([text], "digits") for text in widths)
+    one, two = (named([text]) for text in widths)
     assert one != two
-    assert one == TRAIN.run_folder(widths[:1], "digits")
-    assert one.parent == two.parent == Path("runs/digits")
-    assert max(len(one.name), len(two.name)) <= 120
+    assert one == named(widths[:1])
+    assert max(len(one), len(two)) <= 120
 
 
 def test_what_is_not_in_the_name_may_change_on_resume() -> None:
     """A setting that neither the name nor the comparison knows would let one run go on as another."""
-    assert {key.split(".")[0] for key in TRAIN.UNNAMED} <= {*RESUMABLE, "folder", "hydra"}
+    assert {key.split(".")[0] for key in UNNAMED} <= {*RESUMABLE, "folder", "hydra"}
 
 
 def test_the_command_makes_the_folder(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command(*DIGITS, "trainer.max_steps=2")
     name = next(Path("runs/digits").iterdir()).name
-    assert name == TRAIN.run_folder(DIGITS, "digits").name
+    assert name == named(lasting(DIGITS, "digits"))
     assert {path.name for path in here.iterdir()} == {"runs"}  # no hydra folder, no log, no lightning_logs
     assert str(Path("runs/digits") / name) in capsys.readouterr().out.replace("\n", "")
     again = json.loads(next(Path("runs/digits").glob("*/config.json")).read_text())
@@ -279,22 +276,6 @@ def test_offline_runs_need_no_network_and_ask_nothing(here: Path, monkeypatch: p
     assert len(runs) == 1
     assert list(runs[0].glob("*.wandb"))
     assert {path.name for path in here.iterdir()} <= {"run", "home"}
-
-
-def test_one_refused_job_does_not_end_a_sweep(here: Path) -> None:
-    done = process("-m", *DIGITS, "trainer.max_steps=2", "model.decoder.receptive_field=7y4,none")
-    assert done.returncode == 1
-    assert "receptive_field=7y4" in done.stderr
-    (finished,) = here.glob("runs/digits/*/metrics.json")
-    asked = json.loads((finished.parent / "config.json").read_text())
-    assert asked["model"]["decoder"]["receptive_field"] == "none"
-
-
-def test_a_sweep_over_devices_is_refused(here: Path) -> None:
-    done = process("-m", *DIGITS, "trainer.devices=2")
-    assert done.returncode == 1
-    assert "trainer.devices=2: the jobs of a sweep train on one device each" in done.stderr
-    assert not list(here.glob("runs/digits/*"))
 
 
 def test_two_ranks_share_a_folder_and_leave_one_result(here: Path) -> None:

@@ -16,7 +16,7 @@ FLOORS = [
     ["objective", "sampling", "evaluation", "codes"],
     ["figures", "sweeps"],
     ["training", "gallery", "tracking"],
-    ["dashboard", "report"],
+    ["dashboard", "report", "launch"],
     ["experiment"],
     ["commands"],
     ["__main__"],

@@ -5,9 +5,10 @@ import os
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # what starts jobs only reads records
+    import torch
 
 RESUMABLE = ("trainer", "wandb", "record")  # sections of a run's settings that may change when it goes on
 
@@ -52,8 +53,10 @@ def commit() -> str:
         return "unknown"
 
 
-def hardware(device: torch.device) -> str:
+def hardware(device: "torch.device") -> str:
     """The processor or GPU by name, and the threads that torch uses on a processor."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []

@@ -1,10 +1,12 @@
 """A sweep: a folder of runs, one for each point, read back from what they left on disk."""
 
 import json
+import math
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any, Literal, NamedTuple
 
-from vlae.records import RESUMABLE, flat
+from vlae.records import flat
 
 
 class Job(NamedTuple):
@@ -18,7 +20,7 @@ class Job(NamedTuple):
 
 
 def job(folder: Path) -> Job:
-    """What a run left in its folder: config.json, metrics.json if it finished, failed.json if it did not start or end."""
+    """What a run left in its folder: config.json, metrics.json when it finished, failed.json when it could not."""
     found = {
         name: json.loads(path.read_text()) if path.exists() else {}
         for name in ("config", "metrics", "failed")
@@ -43,6 +45,43 @@ def jobs(folder: Path) -> list[Job]:
 
 
 def varied(runs: list[Job]) -> list[str]:
-    """Names of the settings in which the runs differ, less those that may change when a run goes on."""
-    names = sorted({name for run in runs for name in run.settings if name.split(".")[0] not in RESUMABLE})
+    """Names of the settings in which the runs differ; where they log to is none."""
+    names = sorted({name for run in runs for name in run.settings if not name.startswith(("wandb.", "record"))})
     return [name for name in names if len({json.dumps(run.settings.get(name)) for run in runs if run.settings}) > 1]
+
+
+def short(names: list[str]) -> dict[str, str]:
+    """Names without their sections where that leaves them different."""
+    last = [name.rpartition(".")[2] for name in names]
+    return {name: end if last.count(end) == 1 else name for name, end in zip(names, last, strict=True)}
+
+
+class Point(NamedTuple):
+    """Runs that differ in their seed alone; means and sample standard deviations of those that are done."""
+
+    settings: dict[str, Any]
+    runs: list[Job]
+    means: dict[str, float]
+    spreads: dict[str, float]
+
+    def text(self, name: str) -> str:
+        if name not in self.means:
+            return "-"
+        return f"{self.means[name]:.3f}" + (f" ± {self.spreads[name]:.3f}" if name in self.spreads else "")
+
+
+def points(runs: list[Job]) -> list[Point]:
+    """Runs by what varies besides the seed, the lowest NELBO on validation first, those without one last."""
+    names = [name for name in varied(runs) if name != "seed"]
+    groups: dict[str, list[Job]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps([run.settings.get(name) for name in names]), []).append(run)
+    found = []
+    for group in groups.values():
+        done = [run.metrics for run in group if run.state == "done"]
+        shared = [name for name in (done or [{}])[0] if all(name in metrics for metrics in done)]
+        values = {name: [metrics[name] for metrics in done] for name in shared}
+        means = {name: mean(each) for name, each in values.items()}
+        spreads = {name: stdev(each) for name, each in values.items() if len(each) > 1}
+        found.append(Point({name: group[0].settings.get(name) for name in names}, group, means, spreads))
+    return sorted(found, key=lambda point: point.means.get("val/nelbo", math.inf))

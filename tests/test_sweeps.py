@@ -1,0 +1,219 @@
+"""Sweeps: a folder and a process a job, what is done is done, what fails is told and ends nothing else."""
+
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from small import DIGITS, ROOT
+
+from vlae.launch import fail, gpus, lasting, named, plan, quoted, reason
+from vlae.records import write
+from vlae.sweeps import job, jobs, points, short, varied
+
+FEW = ["trainer.max_epochs=1", "trainer.check_val_every_n_epoch=1"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path
+
+
+def line(*overrides: str) -> list[str]:
+    return [sys.executable, str(ROOT / "train.py"), "-m", *DIGITS, *overrides]
+
+
+def sweep(*overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(line(*overrides), capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def planned(*overrides: str) -> tuple[Path, list[str]]:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        plain = [text for text in overrides if "," not in text and "(" not in text]
+        config = compose("config", plain, return_hydra_config=True)
+    config.hydra.overrides.task = list(overrides)
+    return plan(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "folder"),
+    [
+        (["model.prior.depth=0,2", "seed=0,1"], "runs/digits/model.prior.depth,seed"),
+        (["seed=range(0,2)", "model.code=4", "trainer.max_steps=9"], "runs/digits/model.code=4,seed"),
+        (["optimizer.lr=interval(0.1,1)", "data=mnist"], "runs/mnist/optimizer.lr"),
+        (["trainer.max_epochs=1,2"], "runs/digits/trainer.max_epochs"),
+        (["data=mnist,omniglot", "seed=1"], "runs/several/data,seed=1"),
+        (["experiment=mnist_static,mnist_static_plain"], "runs/several/experiment"),
+        (["seed=0,1", "folder=mine"], "mine"),
+        ([], "runs/digits/default"),
+    ],
+)
+def test_a_sweep_s_folder_is_named_by_what_its_jobs_share(overrides: list[str], folder: str) -> None:
+    assert planned(*overrides)[0] == Path(folder)
+
+
+def test_jobs_that_would_write_one_record_are_refused() -> None:
+    with pytest.raises(ValueError, match="record: all jobs of the sweep would write the same one"):
+        planned("seed=0,1", "record=both")
+    planned("seed=0,1", "record=a_${seed}")
+
+
+def test_ranks_do_not_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with pytest.raises(ValueError, match="-m under torchrun"):
+        planned("seed=0,1")
+
+
+@pytest.mark.parametrize("text", ["a=b,c~d", "it's", "back\\slash", "x'y\\", "[1]{2} $3"])
+def test_any_name_can_be_an_override(text: str) -> None:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        assert compose("config", [f"wandb.group={quoted(text)}"]).wandb.group == text
+
+
+def run_files(folder: Path, seed: int, depth: int, nelbo: float | None, failed: str = "") -> None:
+    settings = {"seed": seed, "model": {"prior": {"depth": depth}}, "wandb": {"mode": "offline" if seed else "online"}}
+    write(folder / "config.json", settings)
+    if nelbo is not None:
+        write(folder / "metrics.json", {"val/nelbo": nelbo, "test/nelbo": nelbo + 1})
+    if failed:
+        fail(folder, settings, failed)
+
+
+def test_points_are_means_over_seeds(tmp_path: Path) -> None:
+    values = {0: [3.0, 5.5, 4.25], 2: [1.0, 2.5, None], 4: [None, None, None]}
+    for depth, each in values.items():
+        for seed, nelbo in enumerate(each):
+            run_files(tmp_path / f"depth={depth},seed={seed}", seed, depth, nelbo, "" if nelbo else "ValueError: no")
+    runs = jobs(tmp_path)
+    assert varied(runs) == ["model.prior.depth", "seed"]
+    assert short(varied(runs)) == {"model.prior.depth": "depth", "seed": "seed"}
+    assert [run.state for run in runs] == ["done"] * 5 + ["failed"] * 4
+    assert {run.reason for run in runs} == {"", "ValueError: no"}
+    found = points(runs)
+    assert [point.settings for point in found] == [{"model.prior.depth": depth} for depth in (2, 0, 4)]
+    for point in found:
+        done = [value for value in values[point.settings["model.prior.depth"]] if value is not None]
+        assert len(point.runs) == 3
+        if done:
+            assert point.means["val/nelbo"] == pytest.approx(statistics.fmean(done))
+            assert point.spreads["test/nelbo"] == pytest.approx(statistics.stdev(done))
+        else:
+            assert not point.means
+    assert [point.text("val/nelbo") for point in found] == ["1.750 ± 1.061", "4.250 ± 1.250", "-"]
+
+
+def test_what_a_folder_without_runs_says(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no runs in this folder"):
+        jobs(tmp_path)
+
+
+def test_names_of_equal_ends_stay_whole() -> None:
+    names = ["model.decoder.depth", "model.prior.depth", "seed"]
+    assert short(names) == {names[0]: names[0], names[1]: names[1], "seed": "seed"}
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "text"),
+    [
+        (1, "a\nValueError: lr=-1\n\n", "ValueError: lr=-1"),
+        (1, "torch.OutOfMemoryError: 3 GiB\nwandb: bye", "torch.OutOfMemoryError: 3 GiB"),
+        (1, "something else", "something else"),
+        (3, "", "exit code 3"),
+        (143, "x", "stopped by SIGTERM; the same command goes on"),
+        (-9, "x", "killed by SIGKILL"),
+    ],
+)
+def test_a_reason_is_one_line(code: int, output: str, text: str) -> None:
+    assert reason(output, code) == text
+
+
+def test_jobs_wait_for_a_gpu_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-x")
+    with gpus(2) as both:
+        assert both == {"CUDA_VISIBLE_DEVICES": "3,GPU-x"}
+    got: list[str] = []
+
+    def third() -> None:
+        with gpus(2) as shown:
+            got.append(shown["CUDA_VISIBLE_DEVICES"])
+
+    with gpus(1) as one:
+        with gpus(1) as two:
+            assert {one["CUDA_VISIBLE_DEVICES"], two["CUDA_VISIBLE_DEVICES"]} == {"3", "GPU-x"}
+        waiting = threading.Thread(target=third)
+        waiting.start()
+        assert not got
+    waiting.join()
+    assert got == ["3,GPU-x"]
+    with gpus(0) as shown, gpus(5) as more:  # all of them
+        assert shown == more == {}
+
+
+def test_a_sweep_from_outside(here: Path) -> None:
+    points = ["model.decoder.receptive_field=7y4,none", "seed=0,1", *FEW]
+    first = sweep(*points)
+    assert first.returncode == 1
+    assert not first.stderr
+    folder = named([*lasting([*DIGITS, *FEW], "digits"), "model.decoder.receptive_field", "seed"])
+    runs = jobs(here / "runs" / "digits" / folder)
+    state = {run.folder.name: run.state for run in runs}
+    assert state == {
+        f"model.decoder.receptive_field={window},seed={seed}": "done" if window == "none" else "failed"
+        for window in ("none", "7y4")
+        for seed in (0, 1)
+    }
+    for run in runs:
+        assert (run.folder / "metrics.json").exists() == (run.state == "done")
+        assert ("receptive_field=7y4" in run.reason) == (run.state == "failed")
+        found = re.findall(rf"^{re.escape(run.folder.name)} failed: (.*)$", first.stdout, re.MULTILINE)
+        assert found == ([run.reason] if run.state == "failed" else [])
+        if run.state == "done":
+            assert f"{run.metrics['val/nelbo']:.3f}" in first.stdout
+    assert "2 of 2" in first.stdout
+    assert "± " in first.stdout
+
+    finished = {run.folder: (run.folder / "metrics.json").stat().st_mtime_ns for run in runs if run.state == "done"}
+    again = sweep(*points, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    assert again.returncode == 1
+    assert again.stdout.count("finished before") == 2
+    assert finished == {path: (path / "metrics.json").stat().st_mtime_ns for path in finished}
+    assert {path.name for path in here.iterdir()} == {"runs"}
+
+
+def test_a_stopped_sweep_goes_on(here: Path) -> None:
+    """The job is stopped at a step, is no success, and ends by the same command."""
+    endless = [
+        "trainer.max_steps=-1",
+        "trainer.max_epochs=100000",
+        "optimizer.schedule=constant",
+        "folder=all",
+        "seed=3,4",
+    ]
+    going = subprocess.Popen(line(*endless), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    last = here / "all" / "seed=3" / "checkpoints" / "last.ckpt"
+    while not last.exists() and going.poll() is None:
+        time.sleep(0.1)
+    going.send_signal(signal.SIGTERM)
+    output, _ = going.communicate()
+    assert going.returncode == 143, output
+    assert [run.state for run in jobs(here / "all")] == ["unfinished"]
+    steps = torch.load(last, weights_only=True)["global_step"]
+    done = sweep(
+        "optimizer.schedule=constant",
+        "folder=all",
+        "seed=3",
+        f"trainer.max_steps={steps + 2}",
+        "trainer.max_epochs=100000",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert job(here / "all" / "default").state == "done"
