@@ -55,6 +55,10 @@ def planned(*overrides: str) -> tuple[Path, list[str]]:
         (["experiment=mnist_static,mnist_static_plain"], "runs/several/experiment"),
         (["seed=0,1", "folder=mine"], "mine"),
         ([], "runs/digits/default"),
+        (
+            ["experiment=digits_sweep", "seed=0", "model.code=4,8"],
+            "runs/digits/experiment=digits_sweep,model.code,model.decoder.receptive_field,model.prior.depth,seed=0",
+        ),
     ],
 )
 def test_a_sweep_s_folder_is_named_by_what_its_jobs_share(overrides: list[str], folder: str) -> None:

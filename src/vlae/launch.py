@@ -81,7 +81,10 @@ def plan(config: DictConfig) -> tuple[Path, list[str]]:
     own = OmegaConf.to_container(config.hydra.sweeper, resolve=False)
     given = own.get("params") or {} if isinstance(own, dict) else {}
     asked = [*(f"{key}={value}" for key, value in given.items()), *unresolved(config.hydra.overrides.task)]
-    overrides = OverridesParser.create().parse_overrides(asked)
+    parsed = OverridesParser.create().parse_overrides(asked)
+    overrides = {
+        each.get_key_element(): each for each in parsed
+    }.values()  # the command line's, where both say something
     fixed = [each for each in overrides if not each.is_sweep_override()]
     varied = [each.get_key_element() for each in overrides if each.is_sweep_override()]
     if any(each.key_or_group == "record" and "$" not in str(each.input_line) for each in fixed):
