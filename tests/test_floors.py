@@ -15,7 +15,7 @@ FLOORS = [
     ["model", "data", "folder"],
     ["objective", "sampling", "evaluation", "codes"],
     ["figures", "sweeps"],
-    ["training", "gallery", "tracking"],
+    ["training", "gallery", "tracking", "charts", "keeping"],
     ["dashboard", "report", "launch"],
     ["experiment"],
     ["commands"],

@@ -38,6 +38,13 @@ def data(arguments: argparse.Namespace) -> None:
     show_data(arguments.name, images, arguments.output or Path("runs") / "data" / arguments.name)
 
 
+def report(arguments: argparse.Namespace) -> None:
+    from vlae.report import report
+
+    page, figures = report(arguments.folder)
+    print(f"{page}, and {len(figures)} figures in {arguments.folder / 'report'}")
+
+
 def trained(arguments: argparse.Namespace) -> None:
     from vlae import commands
 
@@ -53,6 +60,9 @@ def main() -> None:
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as data.root=FOLDER")
     command.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="of the pictures: runs/data/NAME")
     command.set_defaults(call=data)
+    command = commands.add_parser("report", help="a sweep, or any folder of runs, as one page: report.html")
+    command.add_argument("folder", type=Path, metavar="FOLDER", help="that holds the folders of the runs")
+    command.set_defaults(call=report)
     for name, text in (
         ("evaluate", "log p(x) by importance sampling: a table, and evaluate.json"),
         ("sample", "pictures of what a model makes up"),

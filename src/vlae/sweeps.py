@@ -21,11 +21,11 @@ class Job(NamedTuple):
 
 def job(folder: Path) -> Job:
     """What a run left in its folder: config.json, metrics.json when it finished, failed.json when it could not."""
-    found = {
-        name: json.loads(path.read_text()) if path.exists() else {}
-        for name in ("config", "metrics", "failed")
-        for path in [folder / f"{name}.json"]
-    }
+    paths = {name: folder / f"{name}.json" for name in ("config", "metrics", "failed")}
+    try:
+        found = {name: json.loads(path.read_text()) if path.exists() else {} for name, path in paths.items()}
+    except ValueError as error:
+        return Job(folder, {}, "failed", f"its files cannot be read: {error}", {})
     settings = flat(found["config"]) or found["failed"].get("settings", {})
     state: Literal["done", "failed", "unfinished"]
     state = "done" if found["metrics"] else "failed" if found["failed"] else "unfinished"
