@@ -5,6 +5,7 @@ import logging
 import sys
 import time
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -15,13 +16,14 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, Timer
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from vlae.dashboard import Pictures, show
 from vlae.data import Images, independent_pixels
 from vlae.figures import learning_curves, read_metrics
+from vlae.keeping import LAST, Keeping, Log, WholeFiles, locked, newest
 from vlae.model import load
 from vlae.records import RESUMABLE, commit, flat, hardware, write
 from vlae.schema import check, resolve
@@ -99,24 +101,26 @@ def prepare(config: dict[str, Any]) -> tuple[Settings, Images, LitVLAE]:
 
 def trainer_for(asked: Settings, images: Images, folder: Path, loggers: list[Logger]) -> Trainer:
     """Lightning's Trainer with our callbacks; of the checkpoints, best.ckpt is the best on validation."""
-    scored = not images.train_on_validation
+    place, scored = folder / "checkpoints", not images.train_on_validation
     callbacks: list[Callback] = [Pictures(folder, images)]
     if asked.patience and scored:
-        callbacks.append(EarlyStopping("val/nelbo", patience=asked.patience))
+        callbacks.append(EarlyStopping("val/nelbo", patience=asked.patience, check_on_train_epoch_end=False))
     if asked.averaging:
         callbacks.append(Averaging(asked.averaging))  # after those that look at the average: it takes it out again
-    # `save_last` of the best would only save when that improves
-    place = folder / "checkpoints"
-    best = ModelCheckpoint(place, filename="best", monitor="val/nelbo", enable_version_counter=False)
-    last = ModelCheckpoint(place, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
-    callbacks += [best, last] if scored else [last]  # in this order, so that the last knows the best
-    ours: dict[str, Any] = {"logger": [CSVLogger(folder, name="logs"), *loggers], "callbacks": callbacks}
+    if scored:
+        best = ModelCheckpoint(
+            place, filename="best", monitor="val/nelbo", save_on_train_epoch_end=False, enable_version_counter=False
+        )
+        callbacks.append(best)
+    log = Log(folder)
+    ours: dict[str, Any] = {"logger": [log, *loggers], "callbacks": callbacks, "plugins": [WholeFiles()]}
     ours |= {"use_distributed_sampler": False, "default_root_dir": folder}
     check(Trainer, asked.trainer, "trainer", supplied=ours)
     settings = dict(asked.trainer)
     try:
-        # Lightning would make one Timer more for `max_time`, and ignore that where there is one
-        callbacks.append(Timer(settings.pop("max_time", None), interval="step"))
+        # Lightning's own for `max_time` would end an epoch in its middle, and count it as a whole one
+        timer = Timer(settings.pop("max_time", None), interval="epoch")
+        callbacks += [timer, Keeping(place / LAST, log, timer)]
         trainer = Trainer(**settings, **ours)
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise ValueError(f"trainer: {error}") from error
@@ -143,7 +147,7 @@ def evaluated(asked: Settings, images: Images, model: LitVLAE, trainer: Trainer)
 def kept(folder: Path) -> Path:
     """The checkpoint whose weights count: the best on validation, or without validation the last."""
     best = folder / "checkpoints" / "best.ckpt"
-    return best if best.exists() else best.with_name("last.ckpt")
+    return best if best.exists() else best.with_name(LAST)
 
 
 def quiet() -> None:
@@ -155,65 +159,75 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", meant)
 
 
+def train(trainer: Trainer, model: LitVLAE, images: Images, resume: Path | None) -> tuple[dict[str, float], float]:
+    """Trains and tests; returns the metrics of the weights that count, and the seconds it took."""
+    try:
+        trainer.fit(model, images, ckpt_path=resume, weights_only=True)
+        # not `test(ckpt_path=...)`: that would load the weights without the average
+        weights = torch.load(kept(Path(trainer.default_root_dir)), map_location="cpu", weights_only=True)
+        model.load_state_dict(weights["state_dict"])
+        begun = time.time()
+        metrics = {**weights["metrics"], **trainer.test(model, images, verbose=False)[0]}
+    except SIGTERMException:  # outside training, where there is nothing to save
+        sys.exit(143)  # its own exit code would be 0
+    timer = next(callback for callback in trainer.callbacks if isinstance(callback, Timer))  # type: ignore[attr-defined]
+    metrics["independent_pixels/bits_per_dim"] = independent_pixels(images.splits)
+    return metrics, timer.time_elapsed("train") + time.time() - begun
+
+
 def run(config: dict[str, Any], folder: Path, command: str) -> dict[str, float]:
     """Trains what `config` (as composed from conf/) describes, or goes on where `folder` left off; returns the metrics.
 
-    Leaves in `folder`: config.json, checkpoints/, logs/, pictures, learning_curves.png and, last, metrics.json.
+    Leaves in `folder`: config.json, checkpoints/, log.jsonl, pictures, learning_curves.png and, last, metrics.json.
 
     Raises:
-        ValueError: for a setting that does not fit, before anything is written.
+        ValueError: for a setting that does not fit, before anything is written; if another training is running in
+            `folder`, or none of its checkpoints can be opened.
         FileNotFoundError: for missing data, likewise.
         FloatingPointError: if the loss is not finite.
+        OSError: if a file cannot be written; earlier checkpoints are whole.
     """
     quiet()
     started, code = datetime.now(UTC).isoformat(timespec="seconds"), commit()
     asked, images, model = prepare(config)
     refuse_other(folder, config)
-    finished, newest = folder / "metrics.json", folder / "checkpoints" / "last.ckpt"
+    finished = folder / "metrics.json"
     if finished.exists() and json.loads((folder / "config.json").read_text()) == config:
         metrics = json.loads(finished.read_text())
         show(metrics, f"{folder} is finished already; remove it to train again")
         return metrics
-    if asked.init_from and not newest.exists():
+    resume = newest(folder)
+    if asked.init_from and not resume:
         model.start_from(load(asked.init_from, ("vlae.", *asked.allow)))
-    try:
-        with tracked(asked.wandb, folder) as loggers:
-            trainer = trainer_for(asked, images, folder, loggers)
-            model.refuse_endless(trainer)
-            images.trainer = trainer  # it knows the number of devices
-            images.setup()
-            # in this order: another process must not see the old result beside the new settings
-            rank_zero_only(finished.unlink)(missing_ok=True)
-            rank_zero_only(write)(folder / "config.json", config)
-            for logger in loggers:
-                logger.log_hyperparams(flat(config))
-            trainer.fit(model, images, ckpt_path=newest if newest.exists() else None, weights_only=True)
-            # not `test(ckpt_path=...)`: that would load the weights without the average
-            weights = torch.load(kept(folder), map_location="cpu", weights_only=True)
-            model.load_state_dict(weights["state_dict"])
-            begun = time.time()
-            metrics = {**weights["metrics"], **trainer.test(model, images, verbose=False)[0]}
-            timer = next(callback for callback in trainer.callbacks if isinstance(callback, Timer))  # type: ignore[attr-defined]
-            wall = timer.time_elapsed("train") + time.time() - begun
-    except SIGTERMException:
-        sys.exit(143)  # its own exit code would be 0
-    metrics["independent_pixels/bits_per_dim"] = independent_pixels(images.splits)
-    if trainer.is_global_zero:
-        seen = images.state_dict()["number"] * images.batch_size * trainer.world_size
-        cost = {"steps": trainer.global_step, "images_seen": seen, "wall_s": round(wall, 1)}
-        about = evaluated(asked, images, model, trainer)
-        if asked.record:
-            head = {"name": asked.record, "command": command, "commit": code, "date": started}
-            write(Path("results") / f"{asked.record}.json", {**head, **about, **cost, "metrics": metrics})
-        left = "metrics.json, checkpoints/"
-        curves = read_metrics(folder / "logs")
-        try:
-            if curves.keys() & {"train/rate", "val/rate"}:  # none in a run of a few steps
-                learning_curves(curves, folder / "learning_curves.png")
-        except ImportError as error:
-            left += f"; no learning curves: {error}"
-        metrics |= {"parameters": about["parameters"], **cost}
-        write(finished, metrics)
-        drawn = ", ".join(sorted(path.name for path in folder.glob("*.png")))
-        show(metrics, f"{folder}: {drawn}, {left}")
+    with tracked(asked.wandb, folder) as loggers, ExitStack() as until_done:
+        trainer = trainer_for(asked, images, folder, loggers)
+        model.refuse_endless(trainer)
+        images.trainer = trainer  # it knows the number of devices
+        images.setup()
+        if trainer.is_global_zero:  # after all that may be refused, as this makes the folder
+            until_done.enter_context(locked(folder))
+        # in this order: another process must not see the old result beside the new settings
+        rank_zero_only(finished.unlink)(missing_ok=True)
+        rank_zero_only(write)(folder / "config.json", config)
+        for logger in loggers:
+            logger.log_hyperparams(flat(config))
+        metrics, wall = train(trainer, model, images, resume)
+        if trainer.is_global_zero:
+            seen = images.state_dict()["number"] * images.batch_size * trainer.world_size
+            cost = {"steps": trainer.global_step, "images_seen": seen, "wall_s": round(wall, 1)}
+            about = evaluated(asked, images, model, trainer)
+            if asked.record:
+                head = {"name": asked.record, "command": command, "commit": code, "date": started}
+                write(Path("results") / f"{asked.record}.json", {**head, **about, **cost, "metrics": metrics})
+            left = "metrics.json, checkpoints/"
+            curves = read_metrics(folder)
+            try:
+                if curves.keys() & {"train/rate", "val/rate"}:  # none in a run of a few steps
+                    learning_curves(curves, folder / "learning_curves.png")
+            except ImportError as error:
+                left += f"; no learning curves: {error}"
+            metrics |= {"parameters": about["parameters"], **cost}
+            write(finished, metrics)
+            drawn = ", ".join(sorted(path.name for path in folder.glob("*.png")))
+            show(metrics, f"{folder}: {drawn}, {left}")
     return metrics

@@ -1,6 +1,6 @@
 """Arrays and figures from integers and numbers; nothing here knows a model or a logger."""
 
-import csv
+import json
 import textwrap
 from pathlib import Path
 
@@ -40,14 +40,15 @@ def save(picture: UInt8[np.ndarray, "h w *c"], path: Path) -> None:
 
 
 def read_metrics(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) of every metric in the `metrics.csv` files below `folder`, those of resumed runs in order."""
+    """(step, value) of every metric that a run logged in `folder`, in order; none if it logged nothing yet."""
     found: dict[str, dict[int, float]] = {}
-    for path in sorted(folder.rglob("metrics.csv"), key=lambda path: path.stat().st_mtime):
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                for name, value in row.items():
-                    if value and name not in ("step", "epoch"):
-                        found.setdefault(name, {})[int(row["step"])] = float(value)
+    path = folder / "log.jsonl"
+    lines = path.read_text().split("\n") if path.exists() else [""]
+    for line in lines[:-1]:  # what follows the last line was cut off when the run was killed
+        row = json.loads(line)
+        step = row.pop("step")
+        for name, value in row.items():
+            found.setdefault(name, {})[step] = value
     return {name: sorted(values.items()) for name, values in found.items()}
 
 

@@ -117,6 +117,8 @@ class LitVLAE(LightningModule):
         self.meters = torch.nn.ModuleDict({"rate": MeanMetric("disable"), "distortion": MeanMetric("disable")})
         self.fresh = True
         self.broken: Tensor | None = None
+        self.row: dict[str, Tensor] = {}  # to be logged with the step
+        self.scores: dict[str, float] = {}  # of the latest validation
         if compile:  # in place, so that the names of the weights stay
             self.model.compile()
 
@@ -167,10 +169,18 @@ class LitVLAE(LightningModule):
             # on the CPU: Lightning reads what the bar shows at every step, which would wait for the device
             values = torch.stack([loss, terms.rate.mean(), terms.distortion.mean()]).detach().cpu()
             figures = self.figures("train", values[1], values[2])
-            self.log_dict({"train/loss": values[0], **figures}, batch_size=len(batch.x))
+            self.row = {"train/loss": values[0], **figures}
+            self.log_dict(self.row, logger=False, batch_size=len(batch.x))
             shown = {name: figures[f"train/{name}"] for name in ("rate", "distortion", "bits_per_dim")}
             self.log_dict(shown, prog_bar=True, logger=False, batch_size=len(batch.x))
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # here, as Lightning logs a step only after the hook in which it is saved: a killed run would miss it
+        row = {name: value.item() for name, value in self.row.items()}
+        for logger in self.loggers if row else ():
+            logger.log_metrics({**row, "epoch": self.trainer.current_epoch}, self.trainer.global_step)
+        self.row = {}
 
     def average(self, value: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(value.clone(), reduce_op="mean")  # type: ignore[return-value]
@@ -206,7 +216,11 @@ class LitVLAE(LightningModule):
         self.stop_if_broken()
         # of the latest validation, which is that of the averaged weights in a best checkpoint
         scores = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
-        checkpoint["metrics"] = {name: value for name, value in scores.items() if name.startswith("val/")}
+        self.scores |= {name: value for name, value in scores.items() if name.startswith("val/")}
+        checkpoint["metrics"] = dict(self.scores)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.scores = checkpoint["metrics"]
 
     def evaluation_start(self, split: str) -> None:
         # one draw for the whole split: the same figures for any batch size and number of devices

@@ -1,0 +1,231 @@
+"""What a run keeps, so that nothing is lost when it is killed: whole checkpoints, a log without gaps, a lock."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, Timer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+MINUTES = 10  # of training that a killed run repeats at most
+SAVE, OVER = 1, 2  # what may be wished at the end of a step, besides 128 + a signal's number
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """An OSError of the block says which file it was, and that no other was harmed."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{path} could not be written: {error.strerror or error}; "
+            "the checkpoints there are whole, and the same command goes on from them"
+        ) from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes the folder, in which no other training may write until the block ends or this process does.
+
+    Raises:
+        ValueError: if another training holds it.
+        OSError: if it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = FileLock(folder / "lock").acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{folder}: another training is running there; wait for it or give another `folder`") from None
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written, so no run can be kept there: {error}") from error
+    with held:
+        yield
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint from which a run goes on: the last one, or where that is damaged the one before; None at first.
+
+    Raises:
+        ValueError: if none of those that are there can be opened.
+    """
+    damaged: dict[Path, str] = {}
+    for path in (folder / "checkpoints" / name for name in (LAST, PREVIOUS)):
+        if not path.exists():
+            continue
+        try:
+            torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file provokes errors of every kind
+            damaged[path] = " ".join(str(error).split())[:200] or type(error).__name__
+            continue
+        for file, why in damaged.items():
+            aside = file.with_name(f"{file.name}.damaged")  # or the next save would put it in the place of this one
+            rank_zero_only(file.replace)(aside)
+            rank_zero_only(print)(f"{file} cannot be opened ({why}); going on from {path}, it is now {aside}")
+        return path
+    if damaged:
+        found = "; ".join(f"{path}: {why}" for path, why in damaged.items())
+        raise ValueError(f"no checkpoint can be opened ({found}); remove {folder} to train again")
+    return None
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Checkpoints that are whole or not there; the last one becomes the previous one when the next is on the disk."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        part = path.with_name(f"{path.name}.part")
+        content = BytesIO()  # torch's own errors of writing to a full disk say nothing
+        torch.save(checkpoint, content)
+        with written(path):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with part.open("wb") as file:
+                    file.write(content.getbuffer())
+                    file.flush()
+                    os.fsync(file.fileno())
+                if path.name == LAST and path.exists():
+                    os.replace(path, path.with_name(PREVIOUS))
+                os.replace(part, path)
+            except OSError:
+                with suppress(OSError):
+                    part.unlink()
+                raise
+
+
+class Log(Logger):
+    """Every logged metric as a line of `log.jsonl`: its step, and the values by name."""
+
+    name = version = None
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.path = folder / "log.jsonl"
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """They stand in config.json."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        values = {name: value for name, value in metrics.items() if name != "epoch"}
+        with written(self.path), self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def size(self) -> int:
+        """Bytes, which are on the disk now."""
+        if not self.path.exists():
+            return 0
+        with self.path.open("ab") as file:
+            os.fsync(file.fileno())
+            return file.tell()
+
+    @rank_zero_only
+    def cut(self, size: int) -> None:
+        """Forget what was logged after `size` bytes."""
+        if self.path.exists() and self.path.stat().st_size > size:
+            os.truncate(self.path, size)
+
+
+class Keeping(Checkpoint):
+    """Saves last.ckpt after every epoch and every ten minutes, and ends a run that was told to end where it can go on.
+
+    On SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C all ranks save after the same step. Then a handler that was there before
+    (submitit's, SLURM's) is called; without one the process exits with 128 + the signal's number. A validation is
+    finished first: to go back to the last checkpoint would cost more. When the time of `timer` is over, training ends
+    likewise, but regularly. Must stand after all callbacks that change what is saved.
+    """
+
+    def __init__(self, path: Path, log: Log, timer: Timer) -> None:
+        self.path, self.rows, self.timer = path, log, timer
+        self.saved = time.monotonic()
+        self.logged = self.received = 0
+        self.earlier: dict[int, Any] = {}
+
+    @property
+    def best_model_path(self) -> str:
+        """Where the checkpoint lies, under the name of Lightning's own callbacks; empty if there is none yet."""
+        return str(self.path) if self.path.exists() else ""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"logged": self.rows.size()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.logged = state_dict["logged"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.earlier[signal.SIGTERM] = signal.getsignal(signal.SIGTERM)  # before Lightning's, which saves nothing
+        # with max_steps Lightning would go on in an epoch that was over, and count it twice
+        trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.rows.cut(self.logged)
+        # one that was stopped early, and killed before it was tested, must not train on
+        early = trainer.early_stopping_callbacks
+        trainer.should_stop |= any(callback.wait_count >= callback.patience for callback in early)  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.saved = time.monotonic()
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+            self.earlier.setdefault(number, signal.getsignal(number))
+            if self.earlier[number] != signal.SIG_IGN:
+                signal.signal(number, self.receive)  # Lightning puts the earlier one back when training ends
+
+    def receive(self, number: int, frame: Any) -> None:
+        self.received = 128 + number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)  # a second one stops at once
+
+    def wish(self, trainer: Trainer) -> int:
+        """What all ranks are to do now: the strongest wish of any."""
+        left = self.timer.time_remaining()
+        over = left is not None and left <= 0 and trainer.fit_loop._can_stop_early
+        late = time.monotonic() - self.saved > 60 * MINUTES
+        wish = self.received or (OVER if over else SAVE if late else 0)
+        if trainer.world_size > 1:
+            wishes = torch.tensor(wish, device=trainer.strategy.root_device)
+            wish = int(trainer.strategy.reduce(wishes, reduce_op="max"))
+        return wish
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        loop, batches = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+        assert batches is not None
+        # from within an accumulation, or just before a validation, Lightning would not go on as if nothing had been
+        if loop._should_accumulate() or loop._is_training_done or loop._should_check_val_fx(batches):
+            return
+        if wish := self.wish(trainer):
+            self.save(trainer, wish)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # an epoch that was cut short was saved where it was cut: here it would count as a whole one
+        if not trainer.should_stop or trainer.fit_loop.epoch_loop._is_training_done:
+            self.save(trainer, self.wish(trainer))
+
+    def save(self, trainer: Trainer, wish: int) -> None:
+        trainer.save_checkpoint(self.path, weights_only=False)
+        self.saved = time.monotonic()
+        if wish == OVER:
+            trainer.should_stop, trainer.limit_val_batches = True, 0  # or it would be validated at a step of its own
+        elif wish > OVER:
+            number = signal.Signals(wish - 128)
+            if trainer.is_global_zero:
+                print(f"{number.name}: step {trainer.global_step} saved; the same command goes on from it", flush=True)
+            self.received, earlier = 0, self.earlier.get(number)
+            if callable(earlier) and earlier is not signal.default_int_handler:
+                earlier(number, None)
+            else:  # Lightning kills the first rank at once if another fails
+                sys.exit(wish if trainer.is_global_zero else 0)
