@@ -1,6 +1,5 @@
 """Sweeps: each job of `python train.py -m` in an interpreter of its own, and a table of all at the end."""
 
-import getpass
 import json
 import logging
 import math
@@ -23,7 +22,7 @@ from filelock import FileLock, Timeout
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -58,9 +57,11 @@ def lasting(overrides: Iterable[str], data: str) -> list[str]:
     return [text for text in overrides if text != f"data={data}" and not text.lstrip("+~").startswith(UNNAMED)]
 
 
-def unresolved(overrides: ListConfig) -> list[str]:
-    """As they were written: with `${...}` in them."""
-    return [str(text) for text in OmegaConf.to_container(overrides, resolve=False)]
+def unresolved(overrides: Any) -> list[str]:
+    """A list of the config as it was written: with `${...}` in it."""
+    texts = OmegaConf.to_container(overrides, resolve=False)
+    assert isinstance(texts, list)
+    return [str(text) for text in texts]
 
 
 def quoted(text: object) -> str:
@@ -82,9 +83,7 @@ def plan(config: DictConfig) -> tuple[Path, list[str]]:
     given = own.get("params") or {} if isinstance(own, dict) else {}
     asked = [*(f"{key}={value}" for key, value in given.items()), *unresolved(config.hydra.overrides.task)]
     parsed = OverridesParser.create().parse_overrides(asked)
-    overrides = {
-        each.get_key_element(): each for each in parsed
-    }.values()  # the command line's, where both say something
+    overrides = {each.get_key_element(): each for each in parsed}.values()  # the last, where one is said twice
     fixed = [each for each in overrides if not each.is_sweep_override()]
     varied = [each.get_key_element() for each in overrides if each.is_sweep_override()]
     if any(each.key_or_group == "record" and "$" not in str(each.input_line) for each in fixed):
@@ -153,16 +152,14 @@ def gpus(count: int) -> Iterator[dict[str, str]]:
 
     Shows all where there are fewer than that.
     """
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    ids = (
-        [str(k) for k in range(len(glob("/dev/nvidia[0-9]*")))] if shown is None else [*filter(None, shown.split(","))]
-    )
+    all_of_them = ",".join(str(k) for k in range(len(glob("/dev/nvidia[0-9]*"))))
+    ids = [*filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", all_of_them).split(","))]
     with ExitStack() as held:
         free: list[str] = []
         while len(free) < count <= len(ids):
             free, attempt = [], held.enter_context(ExitStack())
             for each in ids:
-                lock = FileLock(Path(tempfile.gettempdir()) / f"vlae-{getpass.getuser()}-gpu-{each}.lock")
+                lock = FileLock(Path(tempfile.gettempdir()) / f"vlae-{os.getuid()}-gpu-{each.replace('/', '-')}.lock")
                 try:
                     attempt.enter_context(lock.acquire(blocking=False))
                     free.append(each)
