@@ -15,9 +15,9 @@ FLOORS = [
     ["model", "data", "folder"],
     ["objective", "sampling", "evaluation", "codes"],
     ["figures", "sweeps"],
-    ["training", "gallery", "tracking", "charts", "keeping"],
-    ["dashboard", "report", "launch"],
-    ["experiment"],
+    ["training", "gallery", "tracking", "media", "charts", "keeping"],
+    ["dashboard", "workspace", "report"],
+    ["experiment", "launch"],
     ["commands"],
     ["__main__"],
 ]

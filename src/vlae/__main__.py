@@ -45,6 +45,12 @@ def report(arguments: argparse.Namespace) -> None:
     print(f"{page}, and {len(figures)} figures in {arguments.folder / 'report'}")
 
 
+def dashboard(arguments: argparse.Namespace) -> None:
+    from vlae.workspace import dashboard
+
+    dashboard(arguments.entity, arguments.project, arguments.output)
+
+
 def trained(arguments: argparse.Namespace) -> None:
     from vlae import commands
 
@@ -63,6 +69,11 @@ def main() -> None:
     command = commands.add_parser("report", help="a sweep, or any folder of runs, as one page: report.html")
     command.add_argument("folder", type=Path, metavar="FOLDER", help="that holds the folders of the runs")
     command.set_defaults(call=report)
+    command = commands.add_parser("dashboard", help="what W&B shows of a project: as JSON, and saved there")
+    command.add_argument("--entity", help="an account or a team of W&B; without one nothing is sent")
+    command.add_argument("--project", default="vlae")
+    command.add_argument("-o", "--output", type=Path, metavar="FILE", default=Path("runs") / "dashboard.json")
+    command.set_defaults(call=dashboard)
     for name, text in (
         ("evaluate", "log p(x) by importance sampling: a table, and evaluate.json"),
         ("sample", "pictures of what a model makes up"),

@@ -15,6 +15,8 @@ from vlae.data import EvaluationBatches, Images, independent_pixels
 from vlae.datasets import Part
 from vlae.figures import grid, save
 from vlae.gallery import PICTURES, draw, plot
+from vlae.media import media
+from vlae.tracking import Tracker
 
 UNITS = {"rate": "nats", "distortion": "nats", "nelbo": "nats, bound", "bits_per_dim": "bound"}
 
@@ -86,10 +88,11 @@ class Pictures(Callback):
         if split == "test":
             with suppress(ImportError):  # no matplotlib
                 pictures |= {path.stem: str(path) for path in plot(model, x, seed, self.folder)}  # type: ignore[arg-type]
-        for name, picture in pictures.items():
-            for logger in trainer.loggers:
-                if hasattr(logger, "log_image"):  # W&B; uint8, as it draws floats in [0, 1] black
-                    logger.log_image(f"pictures/{name}", [picture])
+        # at the step that Lightning gives the figures
+        classes, step = (fair.y, trainer.global_step) if split == "test" else (None, trainer.global_step - 1)
+        for logger in trainer.loggers:
+            if isinstance(logger, Tracker):
+                logger.log_metrics(media(model, x, classes, pictures, seed), step)  # type: ignore[arg-type]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:

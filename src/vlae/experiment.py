@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, Timer
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -27,7 +26,7 @@ from vlae.keeping import LAST, Keeping, Log, WholeFiles, locked, newest
 from vlae.model import load
 from vlae.records import RESUMABLE, commit, flat, hardware, write
 from vlae.schema import check, resolve
-from vlae.tracking import tracked
+from vlae.tracking import Tracker, conclude, tracked
 from vlae.training import Averaging, LitVLAE
 
 
@@ -99,7 +98,7 @@ def prepare(config: dict[str, Any]) -> tuple[Settings, Images, LitVLAE]:
     return asked, images, model
 
 
-def trainer_for(asked: Settings, images: Images, folder: Path, loggers: list[Logger]) -> Trainer:
+def trainer_for(asked: Settings, images: Images, folder: Path, loggers: list[Tracker]) -> Trainer:
     """Lightning's Trainer with our callbacks; of the checkpoints, best.ckpt is the best on validation."""
     place, scored = folder / "checkpoints", not images.train_on_validation
     callbacks: list[Callback] = [Pictures(folder, images)]
@@ -210,7 +209,7 @@ def run(config: dict[str, Any], folder: Path, command: str) -> dict[str, float]:
         rank_zero_only(finished.unlink)(missing_ok=True)
         rank_zero_only(write)(folder / "config.json", config)
         for logger in loggers:
-            logger.log_hyperparams(flat(config))
+            logger.log_hyperparams(config)
         metrics, wall = train(trainer, model, images, resume)
         if trainer.is_global_zero:
             seen = images.state_dict()["number"] * images.batch_size * trainer.world_size
@@ -227,6 +226,8 @@ def run(config: dict[str, Any], folder: Path, command: str) -> dict[str, float]:
             except ImportError as error:
                 left += f"; no learning curves: {error}"
             metrics |= {"parameters": about["parameters"], **cost}
+            for logger in loggers:
+                conclude(logger, metrics, kept(folder))
             write(finished, metrics)
             drawn = ", ".join(sorted(path.name for path in folder.glob("*.png")))
             show(metrics, f"{folder}: {drawn}, {left}")

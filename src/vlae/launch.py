@@ -115,10 +115,30 @@ class Sweep(Callback):
         folder = Path(config.hydra.sweep.dir)
         try:
             show_jobs(folder)
+            settings = OmegaConf.to_container(config.wandb)
+            assert isinstance(settings, dict)
+            publish(folder, {str(key): value for key, value in settings.items()})
         except Exception as error:
             sys.exit(f"{type(error).__name__}: {error}")
         if any(path.stat().st_mtime >= self.begun for path in folder.glob("*/failed.json")):
             sys.exit(1)
+
+
+def publish(folder: Path, settings: dict[str, Any]) -> None:
+    """The report of a sweep, on disk and, as the settings of the section `wandb` say, in W&B."""
+    from vlae.report import report
+    from vlae.workspace import log_report
+
+    try:
+        page, figures = report(folder)
+    except ValueError as error:
+        print(f"{folder}: {error}")
+        return
+    runs = jobs(folder)
+    names = varied(runs)
+    table = [{name: run.settings.get(name) for name in names} | {"state": run.state} | run.metrics for run in runs]
+    log_report(settings, folder, page, figures, table)
+    print(f"{page}, and {len(figures)} figures in {folder / 'report'}")
 
 
 def show_jobs(folder: Path) -> None:

@@ -67,7 +67,7 @@ class Point(NamedTuple):
     def text(self, name: str) -> str:
         if name not in self.means:
             return "-"
-        return f"{self.means[name]:.3f}" + (f" ± {self.spreads[name]:.3f}" if name in self.spreads else "")
+        return f"{self.means[name]:.2f}" + (f"±{self.spreads[name]:.2f}" if name in self.spreads else "")
 
 
 def points(runs: list[Job]) -> list[Point]:
