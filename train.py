@@ -19,30 +19,40 @@ def main(cfg: DictConfig) -> float:
 
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     assert isinstance(config, dict)
-    settings, hydra_settings = {str(key): value for key, value in config.items()}, HydraConfig.get()
-    overrides, given = launch.unresolved(hydra_settings.overrides.task), settings.pop("folder")
-    sweep = hydra_settings.mode == RunMode.MULTIRUN
+    settings, job = {str(key): value for key, value in config.items()}, HydraConfig.get()
+    overrides, given = launch.unresolved(job.overrides.task), settings.pop("folder")
+    sweep = job.mode == RunMode.MULTIRUN
     if sweep:
-        common = [f"{key}=" for key in hydra_settings.job.config.override_dirname.exclude_keys]
-        own = [text for text in overrides if not text.lstrip("+~").startswith(tuple(common))]
-        folder = Path(hydra_settings.sweep.dir) / launch.named(own)
+        unnamed = tuple(f"{key}=" for key in job.job.config.override_dirname.exclude_keys)
+        own = [text for text in overrides if not text.lstrip("+~").startswith(unnamed)]
+        folder = Path(job.sweep.dir) / launch.named(own)
         settings["wandb"]["group"] = settings["wandb"]["group"] or folder.parent.name
         settings["trainer"]["enable_progress_bar"] = False  # its terminal is a file
-        if not any(name in os.environ for name in launch.EXTERNAL):
-            return launch.start(__file__, settings, overrides, folder)
+        settings["record"] = settings["record"] and f"{settings['record']}/{folder.name}"
     else:
-        data = hydra_settings.runtime.choices["data"]
-        folder = Path(given or Path("runs") / data / launch.named(launch.lasting(overrides, data)))
-
-    from vlae.experiment import run
-
+        data = job.runtime.choices["data"]
+        folder = Path(str(given or Path("runs") / data / launch.named(launch.lasting(overrides, data))))
     try:
+        if sweep and job.runtime.choices["hydra/launcher"] != "submitit_slurm":  # which has started the ranks
+            sources = [source.path for source in job.runtime.config_sources if source.provider == "command-line"]
+            own = [
+                "--config-name",
+                str(job.job.config_name),
+                *(text for path in sources for text in ("--config-dir", path)),
+            ]
+            own += [text for text in launch.unresolved(job.overrides.hydra) if text.startswith("hydra.searchpath")]
+            return launch.start([sys.executable, __file__, *own, *overrides], settings, folder)
+
+        from vlae.experiment import run
+
         return launch.score(run(settings, folder, shlex.join(["python", "train.py", *overrides])))
-    except (ValueError, OSError, FloatingPointError) as error:
+    except Exception as error:
         line = f"{type(error).__name__}: {' '.join(str(error).split())}"  # one line, no traceback
         if sweep:  # a job that fails does not end it
             return launch.fail(folder, settings, line)
-        sys.exit(line)
+        if isinstance(error, (ValueError, OSError, FloatingPointError)):
+            sys.exit(line)
+        raise
 
 
 if __name__ == "__main__":

@@ -65,12 +65,6 @@ def test_a_sweep_s_folder_is_named_by_what_its_jobs_share(overrides: list[str], 
     assert planned(*overrides)[0] == Path(folder)
 
 
-def test_jobs_that_would_write_one_record_are_refused() -> None:
-    with pytest.raises(ValueError, match="record: all jobs of the sweep would write the same one"):
-        planned("seed=0,1", "record=both")
-    planned("seed=0,1", "record=a_${seed}")
-
-
 def test_ranks_do_not_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     with pytest.raises(ValueError, match="-m under torchrun"):
@@ -97,13 +91,27 @@ def test_points_are_means_over_seeds(tmp_path: Path) -> None:
     for depth, each in values.items():
         for seed, nelbo in enumerate(each):
             run_files(tmp_path / f"depth={depth},seed={seed}", seed, depth, nelbo, "" if nelbo else "ValueError: no")
+    run_files(tmp_path / "again" / "depth=2,seed=0", 0, 2, 1.0)  # a run in two folders counts once
+    run_files(tmp_path / "again" / "depth=2,seed=1", 1, 2, 2.5, "ValueError: refused")
+    write(tmp_path / "cut" / "config.json", {})
+    (tmp_path / "cut" / "config.json").write_text("[")
     runs = jobs(tmp_path)
+    assert [run.reason[:20] for run in runs if run.folder.name == "cut"] == ["its files cannot be "]
+    assert {run.state: run.metrics for run in runs if "again" in run.folder.parts and run.state == "failed"} == {
+        "failed": {}
+    }
+    runs = [run for run in runs if run.folder.name != "cut" and run.folder.parent == tmp_path] + [
+        run for run in runs if run.folder.parent != tmp_path
+    ]
     assert varied(runs) == ["model.prior.depth", "seed"]
     assert short(varied(runs)) == {"model.prior.depth": "depth", "seed": "seed"}
-    assert [run.state for run in runs] == ["done"] * 5 + ["failed"] * 4
-    assert {run.reason for run in runs} == {"", "ValueError: no"}
+    assert [run.state for run in runs if run.folder.parent == tmp_path] == ["done"] * 5 + ["failed"] * 4
+    assert {run.reason for run in runs} == {"", "ValueError: no", "ValueError: refused"}
     found = points(runs)
-    assert [point.settings for point in found] == [{"model.prior.depth": depth} for depth in (2, 0, 4)]
+    assert [len(point.runs) for point in found] == [3, 3, 3]
+    assert [point.settings for point in found] == [
+        {"model.prior.depth": depth} for depth in (0, 2, 4)
+    ]  # of 2 a seed is missing
     for point in found:
         done = [value for value in values[point.settings["model.prior.depth"]] if value is not None]
         assert len(point.runs) == 3
@@ -112,7 +120,7 @@ def test_points_are_means_over_seeds(tmp_path: Path) -> None:
             assert point.spreads["test/nelbo"] == pytest.approx(statistics.stdev(done))
         else:
             assert not point.means
-    assert [point.text("val/nelbo") for point in found] == ["1.75±1.06", "4.25±1.25", "-"]
+    assert [point.text("val/nelbo") for point in found] == ["4.25±1.25", "1.75±1.06", "-"]
 
 
 def test_what_a_folder_without_runs_says(tmp_path: Path) -> None:
@@ -146,6 +154,8 @@ def test_jobs_wait_for_a_gpu_of_their_own(tmp_path: Path, monkeypatch: pytest.Mo
     with gpus(2) as both:
         assert both == {"CUDA_VISIBLE_DEVICES": "3,GPU-x"}
     got: list[str] = []
+    tried = threading.Event()
+    monkeypatch.setattr("vlae.launch.time.sleep", lambda seconds: tried.set())
 
     def third() -> None:
         with gpus(2) as shown:
@@ -156,6 +166,7 @@ def test_jobs_wait_for_a_gpu_of_their_own(tmp_path: Path, monkeypatch: pytest.Mo
             assert {one["CUDA_VISIBLE_DEVICES"], two["CUDA_VISIBLE_DEVICES"]} == {"3", "GPU-x"}
         waiting = threading.Thread(target=third)
         waiting.start()
+        tried.wait()  # it has looked, and found only one of the two
         assert not got
     waiting.join()
     assert got == ["3,GPU-x"]
@@ -164,60 +175,56 @@ def test_jobs_wait_for_a_gpu_of_their_own(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_sweep_from_outside(here: Path) -> None:
-    points = ["model.decoder.receptive_field=7y4,none", "seed=0,1", *FEW]
-    first = sweep(*points)
+    asked = ["seed=0,1,x", *FEW]
+    first = sweep(*asked)
     assert first.returncode == 1
     assert not first.stderr
-    folder = named([*lasting([*DIGITS, *FEW], "digits"), "model.decoder.receptive_field", "seed"])
-    runs = jobs(here / "runs" / "digits" / folder)
-    state = {run.folder.name: run.state for run in runs}
-    assert state == {
-        f"model.decoder.receptive_field={window},seed={seed}": "done" if window == "none" else "failed"
-        for window in ("none", "7y4")
-        for seed in (0, 1)
-    }
+    folder = here / "runs" / "digits" / named([*lasting([*DIGITS, *FEW], "digits"), "seed"])
+    runs = jobs(folder)
+    assert {run.folder.name: run.state for run in runs} == {"seed=0": "done", "seed=1": "done", "seed=x": "failed"}
     for run in runs:
         assert (run.folder / "metrics.json").exists() == (run.state == "done")
-        assert ("receptive_field=7y4" in run.reason) == (run.state == "failed")
+        assert ("seed='x': expected int" in run.reason) == (run.state == "failed")
         found = re.findall(rf"^{re.escape(run.folder.name)} failed: (.*)$", first.stdout, re.MULTILINE)
         assert found == ([run.reason] if run.state == "failed" else [])
         if run.state == "done":
             assert f"{run.metrics['val/nelbo']:.3f}" in first.stdout
-    assert "2 of 2" in first.stdout
-    assert "±" in first.stdout
+    assert points(runs)[0].text("val/nelbo") in first.stdout
+    assert "2 of 3" in first.stdout
+    assert (folder / "report.html").exists()
 
     finished = {run.folder: (run.folder / "metrics.json").stat().st_mtime_ns for run in runs if run.state == "done"}
-    again = sweep(*points, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    again = sweep(*asked, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
     assert again.returncode == 1
     assert again.stdout.count("finished before") == 2
     assert finished == {path: (path / "metrics.json").stat().st_mtime_ns for path in finished}
     assert {path.name for path in here.iterdir()} == {"runs"}
 
 
-def test_a_stopped_sweep_goes_on(here: Path) -> None:
-    """The job is stopped at a step, is no success, and ends by the same command."""
-    endless = [
-        "trainer.max_steps=-1",
-        "trainer.max_epochs=100000",
-        "optimizer.schedule=constant",
-        "folder=all",
-        "seed=3,4",
-    ]
-    going = subprocess.Popen(line(*endless), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    last = here / "all" / "seed=3" / "checkpoints" / "last.ckpt"
-    while not last.exists() and going.poll() is None:
+@pytest.mark.parametrize(
+    "launcher", [[], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]], ids=["basic", "joblib"]
+)
+def test_a_stopped_sweep_goes_on(here: Path, launcher: list[str]) -> None:
+    """Its jobs are stopped at a step, are no success, and end by the same command."""
+    settings = ["trainer.max_epochs=100000", "optimizer.schedule=constant", "folder=all", "seed=3,4", *launcher]
+    going = subprocess.Popen(line(*settings), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    begun = [3, 4] if launcher else [3]
+    names = {
+        seed: named([*lasting(DIGITS, "digits"), "optimizer.schedule=constant", f"seed={seed}"]) for seed in (3, 4)
+    }
+    last = [here / "all" / names[seed] / "checkpoints" / "last.ckpt" for seed in begun]
+    while not all(path.exists() for path in last) and going.poll() is None:
         time.sleep(0.1)
-    going.send_signal(signal.SIGTERM)
+    going.send_signal(signal.SIGINT if launcher else signal.SIGTERM)
     output, _ = going.communicate()
-    assert going.returncode == 143, output
-    assert [run.state for run in jobs(here / "all")] == ["unfinished"]
-    steps = torch.load(last, weights_only=True)["global_step"]
-    done = sweep(
-        "optimizer.schedule=constant",
-        "folder=all",
-        "seed=3",
-        f"trainer.max_steps={steps + 2}",
-        "trainer.max_epochs=100000",
-    )
+    assert going.returncode == 128 + (signal.SIGINT if launcher else signal.SIGTERM), output
+    assert {run.folder.name: run.state for run in jobs(here / "all")} == {names[seed]: "unfinished" for seed in begun}
+    assert output.count("; the same command goes on") == len(begun)
+    logs = {path: (path.parents[1] / "log.jsonl").read_text() for path in last}
+    steps = max(torch.load(path, weights_only=True)["global_step"] for path in last) + 2
+
+    done = sweep(*settings, f"trainer.max_steps={steps}")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert job(here / "all" / "default").state == "done"
+    assert [job(here / "all" / names[seed]).metrics["steps"] for seed in (3, 4)] == [steps, steps]
+    for path, rows in logs.items():  # it went on, and did not begin again
+        assert (path.parents[1] / "log.jsonl").read_text().startswith(rows)

@@ -1,5 +1,6 @@
 """Sweeps: each job of `python train.py -m` in an interpreter of its own, and a table of all at the end."""
 
+import ctypes
 import json
 import logging
 import math
@@ -27,7 +28,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from vlae.records import flat, write
+from vlae.records import flat, same, write
 from vlae.sweeps import jobs, points, short, varied
 
 UNNAMED = (
@@ -40,7 +41,8 @@ UNNAMED = (
     "folder",
 )
 FIGURES = {"val/nelbo": "NELBO", "val/rate": "rate", "val/distortion": "distortion", "test/nelbo": "test"}
-EXTERNAL = ("SLURM_PROCID", "TORCHELASTIC_RUN_ID")  # somebody else starts the ranks
+STOP = "stop"  # in a sweep's folder: no more jobs
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 RANKS = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -64,15 +66,21 @@ def unresolved(overrides: Any) -> list[str]:
     return [str(text) for text in texts]
 
 
+def score(metrics: dict[str, float]) -> float:
+    """What a sweep minimises: the NELBO on validation, never that on test."""
+    return metrics.get("val/nelbo", math.inf)
+
+
 def quoted(text: object) -> str:
     """A value as Hydra's command line takes it, whatever characters it holds."""
     return QuotedString(str(text), Quote.single).with_quotes()
 
 
 def plan(config: DictConfig) -> tuple[Path, list[str]]:
-    """The folder of a sweep, and the names of the settings that its jobs share.
+    """The folder of a sweep, and the names of the settings that do not name its jobs.
 
-    The folder is named by these settings and by the names of those that vary, so that more values find what is done.
+    The folder is named by what all jobs share and by the names of what varies, so that more values find what is done;
+    in a folder that the user names, jobs are named by all.
 
     Raises:
         ValueError: for what would not be one sweep.
@@ -86,42 +94,57 @@ def plan(config: DictConfig) -> tuple[Path, list[str]]:
     overrides = {each.get_key_element(): each for each in parsed}.values()  # the last, where one is said twice
     fixed = [each for each in overrides if not each.is_sweep_override()]
     varied = [each.get_key_element() for each in overrides if each.is_sweep_override()]
-    if any(each.key_or_group == "record" and "$" not in str(each.input_line) for each in fixed):
-        raise ValueError("record: all jobs of the sweep would write the same one; let it differ, as record=a_${seed}")
     data = "several" if {"data", "experiment"} & set(varied) else config.hydra.runtime.choices.data
     common = lasting((str(each.input_line) for each in fixed), data)
-    folder = Path(config.folder or Path("runs") / data / named([*common, *varied]))
-    return folder, [each.key_or_group for each in fixed]
+    keys = [each.key_or_group for each in fixed]
+    if config.folder is not None:
+        return Path(str(config.folder)), [key for key in keys if key.startswith(UNNAMED)]
+    return Path("runs") / data / named([*common, *varied]), keys
 
 
 class Sweep(Callback):
-    """Hydra's hook: gives a sweep its folder before the first job, and ends it with tables after the last."""
+    """Hydra's hook: gives a sweep its folder before the first job, and ends it with tables and a report after the last.
+
+    Told to stop by a signal, it lets the jobs save what they have, and begins no more.
+    """
+
+    stopped = 0
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         self.begun = time.time()
         logging.getLogger("hydra").setLevel(logging.WARNING)  # says each job's overrides again
         try:
-            folder, shared = plan(config)
+            self.folder, unnamed = plan(config)
+            (self.folder / STOP).unlink(missing_ok=True)
         except Exception as error:  # of which Hydra would only warn
             sys.exit(f"{type(error).__name__}: {error}")
         with open_dict(config):
-            config.hydra.sweep.dir = str(folder)
+            config.hydra.sweep.dir = str(self.folder)
             # from these the settings of each job are composed, wherever it runs
-            excluded = ",".join(map(quoted, shared))
-            config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(folder)}")
+            excluded = ",".join(map(quoted, unnamed))
+            config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(self.folder)}")
             config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{excluded}]")
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.halt)
+
+    def halt(self, number: int, _: FrameType | None) -> None:
+        self.stopped = number
+        (self.folder / STOP).touch()  # also for jobs that other processes started
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C is not asked to wait
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        folder = Path(config.hydra.sweep.dir)
         try:
-            show_jobs(folder)
+            show_jobs(self.folder)
             settings = OmegaConf.to_container(config.wandb)
             assert isinstance(settings, dict)
-            publish(folder, {str(key): value for key, value in settings.items()})
+            publish(self.folder, {str(key): value for key, value in settings.items()})
         except Exception as error:
             sys.exit(f"{type(error).__name__}: {error}")
-        if any(path.stat().st_mtime >= self.begun for path in folder.glob("*/failed.json")):
-            sys.exit(1)
+        (self.folder / STOP).unlink(missing_ok=True)
+        failed = (run.folder / "failed.json" for run in jobs(self.folder) if run.state == "failed")
+        if self.stopped or any(path.exists() and path.stat().st_mtime >= self.begun for path in failed):
+            sys.exit(128 + self.stopped if self.stopped else 1)
 
 
 def publish(folder: Path, settings: dict[str, Any]) -> None:
@@ -144,7 +167,7 @@ def publish(folder: Path, settings: dict[str, Any]) -> None:
 def show_jobs(folder: Path) -> None:
     """The closing tables of a sweep: all jobs, and if there are several seeds their means, best on validation first."""
     runs = sorted(jobs(folder), key=lambda run: run.metrics.get("val/nelbo", math.inf))
-    means, names, console = points(runs), short(varied(runs)), Console()
+    means, names, console = points(runs), short(varied(runs)), Console(markup=False, emoji=False)
 
     def table(title: str, names: Iterable[str]) -> Table:
         return Table(*names, *FIGURES.values(), "", title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -157,9 +180,8 @@ def show_jobs(folder: Path) -> None:
     if any(len(point.runs) > 1 for point in means):
         shown = table("means over seeds ± standard deviation", (names[name] for name in means[0].settings))
         for point in means:
-            done = sum(run.state == "done" for run in point.runs)
             settings = (str(value) for value in point.settings.values())
-            shown.add_row(*settings, *(point.text(name) for name in FIGURES), f"{done} of {len(point.runs)}")
+            shown.add_row(*settings, *(point.text(name) for name in FIGURES), f"{point.done} of {len(point.runs)}")
         console.print(shown)
     for run in runs:
         if run.state == "failed":
@@ -199,70 +221,85 @@ def reason(output: str, code: int) -> str:
     if number in (each.value for each in signal.Signals):
         name = signal.Signals(number).name
         return f"stopped by {name}; the same command goes on" if code > 0 else f"killed by {name}"
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    lines = [line.strip() for line in output.splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
     return [f"exit code {code}", *lines[-1:], *errors[-1:]][-1]
 
 
-def wait(child: subprocess.Popen[bytes]) -> int:
-    """Passes on to a process the signals that this one gets; the last of them, 0 if there was none."""
-    passed = [0]
+def wait(child: subprocess.Popen[bytes], stop: Path) -> bool:
+    """Waits for the end of a process, which is told to save and go if `stop` appears or whoever asked for it is gone.
 
-    def forward(number: int, _: FrameType | None) -> None:
-        passed.append(number)
-        child.send_signal(number)
+    Returns whether it was told so.
+    """
+    parent, told = os.getppid(), False
+    alone = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if alone:  # in a worker of joblib, which a terminal tells of Ctrl-C too
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    while True:
+        try:
+            child.wait(0.5)
+            break
+        except subprocess.TimeoutExpired:
+            if not told and (stop.exists() or os.getppid() != parent):
+                child.terminate()
+                told = True
+    if alone:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    return told
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    before = {number: signal.signal(number, forward) for number in numbers}
-    try:
-        child.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return passed[-1]
 
-
-def score(metrics: dict[str, float]) -> float:
-    """What a sweep minimises: the NELBO on validation, or without validation on test."""
-    return metrics.get("val/nelbo", metrics["test/nelbo"])
+def die_with_parent() -> None:
+    """A process that its parent cannot tell to stop any more stops by itself (on Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def fail(folder: Path, config: dict[str, Any], text: str) -> float:
     """Notes why a job failed; what such a job scores."""
-    write(folder / "failed.json", {"reason": text, "settings": flat(config)})
-    print(f"{folder.name}: failed: {text}", flush=True)
+    if os.environ.get("SLURM_PROCID", "0") == "0":
+        write(folder / "failed.json", {"reason": text, "settings": flat(config)})
+        print(f"{folder.name}: failed: {text}", flush=True)
     return math.inf
 
 
-def start(script: str, config: dict[str, Any], overrides: list[str], folder: Path) -> float:
+def start(line: list[str], config: dict[str, Any], folder: Path) -> float:
     """Runs one job as a process, so that its ranks, memory and crashes are its own; its terminal is output.log.
 
-    Returns its score, infinite if it failed.
+    `line` is the command but for what makes it this sweep's. Returns the NELBO on validation, infinite without one.
     """
-    if (folder / "metrics.json").exists() and json.loads((folder / "config.json").read_text()) == config:
+    done, stop = folder / "metrics.json", folder.parent / STOP
+    if done.exists() and same(json.loads((folder / "config.json").read_text()), config):
         print(f"{folder.name}: finished before", flush=True)
-        return score(json.loads((folder / "metrics.json").read_text()))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "failed.json").unlink(missing_ok=True)
-    mine = [f"folder={quoted(folder)}", f"wandb.group={quoted(config['wandb']['group'])}"]
-    mine += ["trainer.enable_progress_bar=false", "hydra.mode=RUN"]
-    environment = {key: value for key, value in os.environ.items() if key not in RANKS}
-    devices = config["trainer"]["devices"]
-    count = devices if isinstance(devices, int) and config["trainer"]["accelerator"] != "cpu" else 0
-    with gpus(count) as shown, (folder / "output.log").open("a+", errors="replace") as output:
-        print(f"{folder.name}: started, {output.name}", flush=True)
-        begun, where = time.time(), output.seek(0, os.SEEK_END)
-        line = [sys.executable, script, *overrides, *mine]
-        # a group of its own: Ctrl-C comes once, from here
-        child = subprocess.Popen(
-            line, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment | shown, process_group=0
-        )
-        stopped = wait(child)
-        output.seek(where)
-        text = output.read()
-    if stopped:
-        sys.exit(128 + stopped)
-    if child.returncode:
-        return fail(folder, config, reason(text, child.returncode))
-    print(f"{folder.name}: done in {time.time() - begun:.0f} s", flush=True)
-    return score(json.loads((folder / "metrics.json").read_text()))
+    elif stop.exists():
+        return math.inf
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "failed.json").unlink(missing_ok=True)
+        mine = [f"folder={quoted(folder)}", f"wandb.group={quoted(config['wandb']['group'])}", "hydra.mode=RUN"]
+        mine += ["trainer.enable_progress_bar=false", f"record={quoted(config['record'])}" if config["record"] else ""]
+        environment = {key: value for key, value in os.environ.items() if key not in RANKS}
+        devices = config["trainer"]["devices"]
+        count = devices if isinstance(devices, int) and config["trainer"]["accelerator"] != "cpu" else 0
+        with gpus(count) as shown, (folder / "output.log").open("a+", errors="replace") as output:
+            print(f"{folder.name}: started, {output.name}", flush=True)
+            begun, where = time.time(), output.seek(0, os.SEEK_END)
+            # a group of its own, or Ctrl-C would come twice
+            child = subprocess.Popen(
+                [*line, *filter(None, mine)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=environment | shown,
+                process_group=0,
+                preexec_fn=die_with_parent,
+            )
+            told = wait(child, stop)
+            output.seek(where)
+            text = output.read()
+        if told:
+            print(f"{folder.name}: stopped; the same command goes on", flush=True)
+            return math.inf
+        if child.returncode:
+            return fail(folder, config, reason(text, child.returncode))
+        print(f"{folder.name}: done in {time.time() - begun:.0f} s", flush=True)
+    return score(json.loads(done.read_text()))

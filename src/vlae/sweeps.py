@@ -23,13 +23,13 @@ def job(folder: Path) -> Job:
     """What a run left in its folder: config.json, metrics.json when it finished, failed.json when it could not."""
     paths = {name: folder / f"{name}.json" for name in ("config", "metrics", "failed")}
     try:
-        found = {name: json.loads(path.read_text()) if path.exists() else {} for name, path in paths.items()}
-    except ValueError as error:
+        found = {name: dict(json.loads(path.read_text())) if path.exists() else {} for name, path in paths.items()}
+    except (ValueError, TypeError) as error:
         return Job(folder, {}, "failed", f"its files cannot be read: {error}", {})
-    settings = flat(found["config"]) or found["failed"].get("settings", {})
-    state: Literal["done", "failed", "unfinished"]
-    state = "done" if found["metrics"] else "failed" if found["failed"] else "unfinished"
-    return Job(folder, settings, state, found["failed"].get("reason", ""), found["metrics"])
+    settings = found["failed"].get("settings") or flat(found["config"])
+    if found["failed"]:  # before metrics, which may be those of other settings
+        return Job(folder, settings, "failed", found["failed"].get("reason", ""), {})
+    return Job(folder, settings, "done" if found["metrics"] else "unfinished", "", found["metrics"])
 
 
 def jobs(folder: Path) -> list[Job]:
@@ -64,6 +64,10 @@ class Point(NamedTuple):
     means: dict[str, float]
     spreads: dict[str, float]
 
+    @property
+    def done(self) -> int:
+        return sum(run.state == "done" for run in self.runs)
+
     def text(self, name: str) -> str:
         if name not in self.means:
             return "-"
@@ -71,17 +75,21 @@ class Point(NamedTuple):
 
 
 def points(runs: list[Job]) -> list[Point]:
-    """Runs by what varies besides the seed, the lowest NELBO on validation first, those without one last."""
+    """Runs by what varies besides the seed, the lowest NELBO on validation first, those with fewer seeds done last."""
     names = [name for name in varied(runs) if name != "seed"]
-    groups: dict[str, list[Job]] = {}
-    for run in runs:
-        groups.setdefault(json.dumps([run.settings.get(name) for name in names]), []).append(run)
+    groups: dict[str, dict[Any, Job]] = {}
+    for run in sorted(runs, key=lambda run: run.state == "done"):  # of one run in two folders that which is done counts
+        if run.settings:
+            group = groups.setdefault(json.dumps([run.settings.get(name) for name in names]), {})
+            group[run.settings.get("seed")] = run
     found = []
     for group in groups.values():
-        done = [run.metrics for run in group if run.state == "done"]
+        members = list(group.values())
+        done = [run.metrics for run in members if run.state == "done"]
         shared = [name for name in (done or [{}])[0] if all(name in metrics for metrics in done)]
         values = {name: [metrics[name] for metrics in done] for name in shared}
         means = {name: mean(each) for name, each in values.items()}
         spreads = {name: stdev(each) for name, each in values.items() if len(each) > 1}
-        found.append(Point({name: group[0].settings.get(name) for name in names}, group, means, spreads))
-    return sorted(found, key=lambda point: point.means.get("val/nelbo", math.inf))
+        found.append(Point({name: members[0].settings.get(name) for name in names}, members, means, spreads))
+    most = max((point.done for point in found), default=0)
+    return sorted(found, key=lambda point: (point.done < most, point.means.get("val/nelbo", math.inf)))
