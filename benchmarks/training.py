@@ -1,12 +1,12 @@
 """Images per second of training, through Lightning as `python train.py` trains and in a bare PyTorch loop.
 
 Both run the same model on the same batches with the same noise, objective, clipping, optimiser, schedule, average of
-the weights and precision. They take turns, so that a change in what else the machine does meets both; each figure is
-the median over the turns, `ratio` that of Lightning over that of the loop. One JSON line a model.
+the weights and precision. Lightning has every callback and logger of a real run, W&B's too, but for validations. The
+two take turns, so that a change in what else the machine does meets both, and the one that comes first changes; each
+figure is the median over the turns, `ratio` that of the ratios of neighbouring turns. One JSON line a model.
 """
 
 import argparse
-import logging
 import sys
 import time
 from collections.abc import Callable
@@ -16,22 +16,21 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
-from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
 from torch import nn
 
 from vlae.data import Images, TrainingBatches, generator
-from vlae.datasets import Part, Splits, default_root, digits, mnist_grey, mnist_static
+from vlae.datasets import Part, Splits, default_root, digits, mnist_grey, mnist_static, only
+from vlae.experiment import Settings, quiet, trainer_for
 from vlae.records import commit, emit, hardware
-from vlae.training import Averaging, LitVLAE
+from vlae.tracking import tracked
+from vlae.training import LitVLAE
 
 STEPS = 10**6  # of the schedule: more than any measurement takes
-
-
 DATA = {"small": digits, "binary": mnist_static, "grey": mnist_grey}
 
 
@@ -51,10 +50,11 @@ def data_for(model: str) -> Callable[[Path], Splits]:
 
 
 def settings(model: str, overrides: list[str]) -> dict[str, Any]:
+    """What `python train.py` makes of its command line."""
     with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "conf"), version_base="1.3"):
         config = OmegaConf.to_container(compose("config", [f"model={model}", *overrides]), resolve=True)
     assert isinstance(config, dict)
-    return {str(key): value for key, value in config.items()}
+    return {str(key): value for key, value in config.items() if key != "folder"}
 
 
 def images_for(dataset: Callable[[Path], Splits], batch: int, seed: int) -> Images:
@@ -63,7 +63,7 @@ def images_for(dataset: Callable[[Path], Splits], batch: int, seed: int) -> Imag
     def repeated(root: Path) -> Splits:
         splits = dataset(root)
         copies = -(-10 * batch // len(splits.train.images))
-        return splits._replace(train=Part(splits.train.images.repeat(copies, 1, 1, 1), None))
+        return splits._replace(train=only(splits.train, np.tile(np.arange(len(splits.train.images)), copies)))
 
     return Images(repeated, root=None, batch_size=batch, eval_batch_size=batch, seed=seed)
 
@@ -109,7 +109,7 @@ class Loop:
 
 class Turns(Callback):
     """Ends of steps are compared with ends of steps: a turn of Lightning holds all that it does between two, epochs'
-    ends too. In between the loop has its turn. The first turn of each warms up.
+    ends too. The loop has two turns after every second one of Lightning. The first two of each warm up.
     """
 
     def __init__(self, loop: Loop, seconds: float, turns: int) -> None:
@@ -127,8 +127,9 @@ class Turns(Callback):
             return
         self.wait()
         self.lightning.append((trainer.global_step - self.number) / (time.perf_counter() - self.begun))
-        self.bare.append(self.turn())
-        trainer.should_stop = len(self.bare) > self.turns
+        if len(self.lightning) % 2 == 0:  # Lightning, loop, loop, Lightning, ...
+            self.bare += [self.turn(), self.turn()]
+            trainer.should_stop = len(self.bare) >= self.turns + 2
         self.begun, self.number = time.perf_counter(), trainer.global_step
 
     def turn(self) -> float:
@@ -161,20 +162,14 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, object]:
     images = images_for(dataset, batch, config["seed"])
     model = lit(config, images)
     turns = Turns(Loop(config, images, device), arguments.seconds, arguments.turns)
-    with TemporaryDirectory() as folder:
-        saved = ModelCheckpoint(
-            Path(folder) / "checkpoints", monitor="val/nelbo", save_last=True, save_on_train_epoch_end=False
-        )
-        trainer = Trainer(
-            **config["trainer"],
-            logger=CSVLogger(folder, name="logs"),
-            callbacks=[saved, Timer(), Averaging(config["averaging"]), turns],
-            use_distributed_sampler=False,
-            default_root_dir=folder,
-        )
-        with redirect_stdout(sys.stderr):  # the progress bar, which is part of what is measured
+    with TemporaryDirectory() as temporary, redirect_stdout(sys.stderr):  # the bar, which is part of what is measured
+        folder = Path(temporary)
+        with tracked(config["wandb"], folder) as loggers:
+            trainer = trainer_for(Settings(**config), images, folder, loggers)
+            trainer.callbacks.append(turns)  # type: ignore[attr-defined]
             trainer.fit(model, images)
-    lightning, bare = batch * median(turns.lightning[1:]), batch * median(turns.bare[1:])
+    pairs = list(zip(turns.lightning, turns.bare, strict=True))[2:]
+    lightning, bare = (batch * median(turn) for turn in zip(*pairs, strict=True))
     return {
         "bench": "training",
         "model": name,
@@ -187,7 +182,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, object]:
         "parameters": sum(p.numel() for p in turns.loop.parameters),
         "lightning_images_per_s": round(lightning, 1),
         "bare_images_per_s": round(bare, 1),
-        "ratio": round(lightning / bare, 4),
+        "ratio": round(median(ours / theirs for ours, theirs in pairs), 4),
         "commit": commit(),
     }
 
@@ -199,12 +194,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="default: 128; on a GPU what makes a step last 20 ms")
     parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed"])
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--seconds", type=float, default=4.0, help="length of a turn")
-    parser.add_argument("--turns", type=int, default=7, help="of each, besides one to warm up")
+    parser.add_argument("--seconds", type=float, default=2.0, help="length of a turn")
+    parser.add_argument("--turns", type=int, default=30, help="of each, besides two to warm up; even")
     parser.add_argument("--out", type=Path, help="a file to append the lines to")
     arguments = parser.parse_args()
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    quiet()
     for model in arguments.models:
         emit(measure(model, arguments), arguments.out)
 

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import sys
 import traceback
@@ -172,6 +173,7 @@ def test_a_run_killed_at_any_moment_ends_as_an_uninterrupted_one(whole: Path, tm
         (signal.SIGUSR1, "training", 5, 3),  # an epoch's last: after the validation
         (signal.SIGUSR2, "validation", 2, 6),
         (signal.SIGINT, "training", 3, 2),
+        (signal.SIGHUP, "training", 7, 4),
     ],
 )
 def test_a_run_told_to_end_saves_its_step(
@@ -226,6 +228,18 @@ def test_a_run_out_of_time_goes_on_with_more(whole: Path, tmp_path: Path) -> Non
     assert_same(whole, parts)
 
 
+@pytest.mark.parametrize("steps", [5, 6])  # in the middle of an epoch, at its end
+def test_a_run_that_has_made_its_steps_goes_on_to_more(whole: Path, tmp_path: Path, steps: int) -> None:
+    """It validates, tests and logs where an uninterrupted one does, also if it is killed before the test."""
+    parts = tmp_path / "parts"
+    few = f"trainer.max_steps={steps}"
+    assert train(parts, few, before=Moments("test", 1).watch) == -signal.SIGKILL
+    assert train(parts, few) == 0
+    assert rows(parts)[-1]["step"] == steps
+    assert train(parts) == 0
+    assert [(row["step"], *row) for row in rows(parts)] == [(row["step"], *row) for row in rows(whole)]
+
+
 def test_a_run_that_was_stopped_early_is_over(tmp_path: Path) -> None:
     """Also if it is killed before its last line: with no learning rate no validation is better than the first."""
     one, other = tmp_path / "one", tmp_path / "other"
@@ -233,8 +247,27 @@ def test_a_run_that_was_stopped_early_is_over(tmp_path: Path) -> None:
     assert train(one, *ours) == 0
     assert json.loads((one / "metrics.json").read_text())["steps"] == 6
     assert train(other, *ours, before=Moments("test", 1).watch) == -signal.SIGKILL
+    (other / "failed.json").write_text('{"reason": "killed"}')
+    (tmp_path / "[").mkdir()
+    other = other.rename(tmp_path / "[" / "moved] :cat:")  # terminals may read that as markup
     assert train(other, *ours) == 0
     assert_same(one, other)
+    assert not (other / "failed.json").exists()
+
+
+def test_the_best_of_a_run_that_was_moved_is_kept(tmp_path: Path) -> None:
+    """As if it had been so good that no other can be better."""
+    parts = tmp_path / "parts"
+    assert train(parts, "trainer.max_steps=4") == 0
+    parts = parts.rename(tmp_path / "moved")
+    best, last = (parts / "checkpoints" / name for name in ("best.ckpt", "last.ckpt"))
+    content, checkpoint = best.read_bytes(), torch.load(last, weights_only=True)
+    (state,) = (state for name, state in checkpoint["callbacks"].items() if name.startswith("Best"))
+    for score in (state["best_model_score"], state["kth_value"], *state["best_k_models"].values()):
+        score.zero_()
+    torch.save(checkpoint, last)
+    assert train(parts) == 0
+    assert best.read_bytes() == content
 
 
 def test_a_second_training_in_a_folder_is_refused(whole: Path, tmp_path: Path) -> None:
@@ -251,6 +284,21 @@ def test_a_second_training_in_a_folder_is_refused(whole: Path, tmp_path: Path) -
     assert end(first) == -signal.SIGKILL
     assert train(parts) == 0
     assert_same(whole, parts)
+
+
+def test_another_training_may_finish_before_the_lock_is_held(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = tmp_path / "parts"
+    lock = keeping.locked
+
+    def late(folder: Path) -> Any:
+        shutil.copytree(whole, folder)
+        return lock(folder)
+
+    monkeypatch.setattr("vlae.experiment.locked", late)
+    assert run(settings(), parts, "python train.py") == json.loads((whole / "metrics.json").read_text())
+    assert (parts / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(
@@ -289,6 +337,15 @@ def test_a_damaged_checkpoint_is_passed_over(whole: Path, tmp_path: Path, capfd:
     with pytest.raises(ValueError, match=rf"no checkpoint can be opened \({last}: .*; {previous}: .*\); remove"):
         run(settings(), parts, "python train.py")
     previous.write_bytes(content)
+    best = parts / "checkpoints" / "best.ckpt"
+    content = best.read_bytes()
+    os.truncate(best, len(content) // 2)
+    (parts / "metrics.json").write_text("{}")
+    with pytest.raises(ValueError, match=rf"^{best} cannot be opened \(.*; remove it to go on"):
+        run(settings("trainer.max_steps=9"), parts, "python train.py")
+    assert (parts / "metrics.json").read_text() == "{}"
+    (parts / "metrics.json").unlink()
+    best.write_bytes(content)
     assert train(parts) == 0
     assert f"{last} cannot be opened" in capfd.readouterr().out
     assert_same(whole, parts)
@@ -309,14 +366,16 @@ def test_what_a_kill_cut_off_is_not_read(tmp_path: Path) -> None:
 
 
 class Tell(Callback):
-    """Tells one rank to end, in its eighth step."""
+    """Tells one rank to end, in its seventh step."""
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        if (trainer.global_rank, trainer.global_step) == (1, 7):
+        if (trainer.global_rank, trainer.global_step) == (1, 6):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_all_ranks_end_after_the_same_step(tmp_path: Path) -> None:
+def test_all_ranks_end_after_the_same_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They agree at the ends of epochs, here of three steps, and two steps later."""
+    monkeypatch.setattr(keeping, "STEPS", 2)
     path = tmp_path / "last.ckpt"
     callbacks = Tell(), Averaging(0.5), Keeping(path, Log(tmp_path), Timer())
     fit = trainer(tmp_path, *callbacks, devices=2, strategy="ddp_fork", max_epochs=4, enable_checkpointing=True)

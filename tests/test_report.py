@@ -51,11 +51,11 @@ def leave(folder: Path, rate: float | None, distortion: float = 60.0, reason: st
 
 @pytest.fixture
 def figures(tmp_path: Path) -> np.ndarray:
-    """Rate and distortion by depth, window and seed of a sweep in `tmp_path`/a&b; of the last two points one failed
+    """Rate and distortion by depth, window and seed of a sweep below `tmp_path`; of the last two points one failed
     and one has no run that is done."""
     values = np.random.default_rng(0).uniform([5, 60], [15, 70], (len(DEPTHS), len(WINDOWS), 2, 2))
     for (i, depth), (j, window), seed in product(enumerate(DEPTHS), enumerate(WINDOWS), (0, 1)):
-        folder, settings = tmp_path / "a&b" / f"{depth},{window},{seed}", {"depth": depth, "window": window}
+        folder, settings = tmp_path / "a&b,c_d=1" / f"{depth},{window},{seed}", {"depth": depth, "window": window}
         if (i, j) == (2, 2):
             values[i, j, seed] = nan
             leave(folder, None, reason=HOSTILE + "\nsecond line" if seed else "", **settings, seed=seed)
@@ -74,7 +74,7 @@ def test_settings_have_an_order() -> None:
 
 
 def test_drawn_numbers(figures: np.ndarray, tmp_path: Path) -> None:
-    drawings = charts(sweep(jobs(tmp_path / "a&b")))
+    drawings = charts(sweep(jobs(tmp_path / "a&b,c_d=1")))
     axes = {}
     for name, (_, _, draw) in drawings.items():
         canvas = Figure(layout="constrained")
@@ -90,6 +90,8 @@ def test_drawn_numbers(figures: np.ndarray, tmp_path: Path) -> None:
         np.testing.assert_allclose(curve, means)
     bars = [segment for each in shown.containers for bar in each[2] for segment in bar.get_segments() if len(segment)]
     sizes = np.sort([np.ptp(bar, axis=0) for bar in bars], axis=0)  # half are level, half upright
+    hollow = [each[0].get_markerfacecolor() == "none" for each in shown.containers]
+    assert sorted(hollow) == [False] * 7 + [True]  # of one point a run failed
     spreads = figures.std(axis=2, ddof=1).reshape(-1, 2)
     spreads = spreads[~np.isnan(spreads[:, 0])]
     np.testing.assert_allclose(sizes[len(spreads) :], 2 * np.sort(spreads, axis=0))
@@ -146,6 +148,18 @@ def test_every_kind_of_sweep(kind: str, tmp_path: Path) -> None:
     assert "<hard>" not in page.read_text()
 
 
+def test_a_run_that_has_just_begun_flattens_no_curve(tmp_path: Path) -> None:
+    for name, steps in (("long", range(10, 100, 10)), ("short", range(5, 10))):
+        leave(tmp_path / name, None, depth=len(name))
+        lines = [json.dumps({"step": step, "val/nelbo": 900 / step}) for step in steps]
+        (tmp_path / name / "log.jsonl").write_text("\n".join([*lines, ""]))
+    canvas = Figure()
+    charts(sweep(jobs(tmp_path)))["nelbo_learning"][2](canvas, axes := canvas.subplots())
+    low, high = axes.get_ylim()
+    assert 8 < low < 10
+    assert 30 < high < 32
+
+
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match="no runs in this folder"):
         report(tmp_path)
@@ -180,6 +194,7 @@ window.addEventListener("load", async () => {
   found.wide = [...document.querySelectorAll(".scroll")].map(each => each.getBoundingClientRect().right);
   found.requests = performance.getEntriesByType("resource").map(each => each.name);
   found.title = document.title;
+  found.heading = document.querySelector("h1").innerHTML.replace("&amp;", "&");
   found.errors = errors;
   parent.postMessage(found, "*");
 });
@@ -204,7 +219,7 @@ def test_in_a_browser(figures: np.ndarray, tmp_path: Path) -> None:
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no browser: chromium, chromium-browser and google-chrome are not installed")
-    page, pictures = report(tmp_path / "a&b")
+    page, pictures = report(tmp_path / "a&b,c_d=1")
     html = page.read_text()
     assert not re.search(r"(src|href)=\"(?!data:image/png;base64,|#)", html)
     assert not re.search(r"url\((?!#)|@import", html)
@@ -231,7 +246,8 @@ def test_in_a_browser(figures: np.ndarray, tmp_path: Path) -> None:
         assert max(content) <= inner
         assert max(each["wide"]) <= inner
         assert each["requests"] == each["errors"] == []
-        assert each["title"] == "a&b"
+        assert each["title"] == "a&b,c_d=1"
+        assert each["heading"] == "a&b,<wbr>c_<wbr>d=<wbr>1"
         assert each["before"] == ranked
         assert each["NELBO"] == [["descending", backwards]]
         windows = [window for window in WINDOWS for _ in range(6)]
@@ -239,4 +255,4 @@ def test_in_a_browser(figures: np.ndarray, tmp_path: Path) -> None:
         assert each["depth"] == [["ascending", [str(depth) for depth in DEPTHS for _ in range(6)]]]
         assert each["state"] == [["ascending", ["done"] * 15 + ["failed"] * 2 + ["unfinished"]]]
         assert each["images"] == [[30, 40]] * 16
-    assert [path.parent for path in pictures] == [tmp_path / "a&b" / "report"] * 5
+    assert [path.parent for path in pictures] == [tmp_path / "a&b,c_d=1" / "report"] * 5

@@ -385,6 +385,8 @@ def test_a_finished_run_is_left_as_it_is(done: Path, capsys: pytest.CaptureFixtu
     again = finished(done, "trainer.max_epochs=2", "trainer.check_val_every_n_epoch=1", "record=some")
     assert again == json.loads((done / "metrics.json").read_text())
     assert "finished already" in capsys.readouterr().out
+    shown = ["wandb.project=other", "trainer.enable_model_summary=true", "trainer.log_every_n_steps=1"]
+    assert again == finished(done, "trainer.max_epochs=2", "trainer.check_val_every_n_epoch=1", "record=some", *shown)
     for override in ("model.code=4", "optimizer.lr=0.1", "seed=1", "data.batch_size=100"):
         key = override.split("=")[0]
         with pytest.raises(ValueError, match=rf"holds a run with {key}=.*, now .*another `folder`"):

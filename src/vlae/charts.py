@@ -36,6 +36,10 @@ def order(value: str) -> tuple[int, float, str]:
     return 2, 0.0, value
 
 
+def done(point: Point) -> int:
+    return sum(run.state == "done" for run in point.runs)
+
+
 class Sweep(NamedTuple):
     """Runs with settings, those points of them that have figures, and what these vary in: `x` runs along a curve,
     each of `series` is a colour."""
@@ -48,6 +52,11 @@ class Sweep(NamedTuple):
 
     def values(self, name: str | None) -> list[str]:
         return sorted({text(run.settings, name) for run in self.runs}, key=order)
+
+    def looks(self, point: Point) -> dict[str, Any]:
+        """Its colour, and hollow marks where fewer seeds are done than of other points."""
+        hollow = {"markerfacecolor": "none"} if done(point) < max(map(done, self.points)) else {}
+        return {"color": colors(self)[text(point.settings, self.series)], **hollow}
 
     def styles(self, kinds: Any) -> dict[str, Any]:
         """All the same where they could not be told apart."""
@@ -110,7 +119,7 @@ def rate_distortion(sweep: Sweep, figure: Any, axes: Any) -> None:
         for point, rate, distortion in zip(curve, *at, strict=True):
             spread = (point.spreads.get(f"val/{name}", nan) for name in ("distortion", "rate"))
             mark = marks[text(point.settings, sweep.x)]
-            axes.errorbar(rate, distortion, *spread, color=shades[value], marker=mark, elinewidth=1)
+            axes.errorbar(rate, distortion, *spread, marker=mark, elinewidth=1, **sweep.looks(point))
     axes.margins(0.08)
     axes.set(xlabel="Rate (nats)", ylabel="Distortion (nats)")
     legends(sweep, figure, marker=marks)
@@ -129,13 +138,13 @@ def heat_map(sweep: Sweep, metric: str, figure: Any, axes: Any) -> None:
     }
     words: dict[tuple[int, int], str] = {place[run.folder]: run.state for run in sweep.runs}
     grid = np.full((len(rows), len(columns)), nan)
-    seeds = max(sum(run.state == "done" for run in point.runs) for point in sweep.points)
+    seeds = max(map(done, sweep.points))
     for point in reversed(sweep.points):  # the best is the last to be written
-        at, done = place[point.runs[0].folder], sum(run.state == "done" for run in point.runs)
+        at = place[point.runs[0].folder]
         grid[at] = point.means[f"val/{metric}"]
         spread = point.spreads.get(f"val/{metric}")
         words[at] = f"{grid[at]:.2f}" + (f"\n± {spread:.2f}" if spread is not None else "")
-        words[at] += f"\nn = {done}" if done < seeds else ""
+        words[at] += f"\nn = {done(point)}" if done(point) < seeds else ""
     figure.set_size_inches(np.maximum(figure.get_size_inches(), (0.85 * len(columns), 0.55 * len(rows))))
     drawn = axes.imshow(grid, cmap={"nelbo": "GnBu_r", "rate": "Purples"}[metric], aspect="auto")
     light = drawn.to_rgba(grid)[..., :3] @ (0.3, 0.6, 0.1) > 0.55
@@ -154,12 +163,11 @@ def against(sweep: Sweep, metric: str, x: str, figure: Any, axes: Any) -> None:
     values = [order(value) for value in sweep.values(x)]
     numeric = all(kind == 0 for kind, _, _ in values)
     places = {value: size if numeric else k for k, (_, size, value) in enumerate(values)}
-    shades, at = colors(sweep), f"val/{metric}"
+    at = f"val/{metric}"
     dots = sorted((places[text(point.settings, x)], k) for k, point in enumerate(sweep.points))
     for place, k in dots:
         point = sweep.points[k]
-        color = shades[text(point.settings, sweep.series)]
-        axes.errorbar(place, point.means[at], point.spreads.get(at, nan), color=color, marker="o", capsize=3)
+        axes.errorbar(place, point.means[at], point.spreads.get(at, nan), marker="o", capsize=3, **sweep.looks(point))
     if sweep.series is None:
         axes.plot([place for place, _ in dots], [sweep.points[k].means[at] for _, k in dots], color=HUES[0])
     if numeric and places and min(places.values()) > 0 and max(places.values()) >= 100 * min(places.values()):
@@ -183,7 +191,8 @@ def learning(sweep: Sweep, metric: str, curves: list[list[tuple[int, float]]], f
             *np.array(curve).reshape(-1, 2).T, color=color, linestyle=dash, linewidth=1.2, alpha=0.85, marker=mark
         )
     # the first third falls so far that the rest would be flat
-    settled = [value for curve in curves for _, value in curve[len(curve) // 3 :]]
+    third = max(step for curve in curves for step, _ in curve) / 3
+    settled = [value for curve in curves for step, value in curve if step >= third]
     margin = 0.05 * (max(settled) - min(settled)) + 1e-3
     axes.set_ylim(min(settled) - margin, max(settled) + margin)
     axes.set(xlabel="Step", ylabel=f"{LABELS[metric]} (nats)")
@@ -198,8 +207,10 @@ def charts(sweep: Sweep) -> dict[str, tuple[str, str, Draw]]:
     cells = len(sweep.values(sweep.x)) * len(sweep.values(sweep.series))
     gridded = sweep.series is not None and 2 * len(sweep.points) >= cells
     if sweep.points:
+        hollow = " Hollow: fewer seeds are done." * (len({*map(done, sweep.points)}) > 1)
         caption = (
             "What a code costs against what it leaves unsaid, a point for each model. Thin lines join equal NELBOs."
+            + hollow
         )
         chosen["rate_distortion"] = "Rate and distortion", caption, partial(rate_distortion, sweep)
         if gridded:
@@ -211,7 +222,7 @@ def charts(sweep: Sweep) -> dict[str, tuple[str, str, Draw]]:
             for metric in ("nelbo", "rate"):
                 title = f"{LABELS[metric]} against {name.removeprefix('model.')}"
                 caption, draw = (
-                    "A dot for each model, with its spread over seeds.",
+                    "A dot for each model, with its spread over seeds." + hollow,
                     partial(against, sweep, metric, name),
                 )
                 chosen[f"{metric}_against_{name.replace('/', '%')}"] = title, caption, draw
@@ -219,6 +230,9 @@ def charts(sweep: Sweep) -> dict[str, tuple[str, str, Draw]]:
     for metric in ("nelbo", "rate"):
         curves = [log.get(f"val/{metric}", []) for log in logs]
         if any(curves):
-            caption, draw = "Every run, also those that did not finish.", partial(learning, sweep, metric, curves)
+            caption, draw = (
+                "Every run, also those that did not finish. The axis is cut to what follows a third of the longest.",
+                partial(learning, sweep, metric, curves),
+            )
             chosen[f"{metric}_learning"] = f"{LABELS[metric]} while training", caption, draw
     return chosen

@@ -30,14 +30,14 @@ def show(metrics: dict[str, Any], closing: str) -> None:
     table.add_row(
         "independent pixels", "", f"{metrics['independent_pixels/bits_per_dim']:.3f}", "bits_per_dim, to beat"
     )
-    console = Console()
+    console = Console(markup=False, emoji=False)  # there may be brackets in a folder's name
     console.print(table)
     console.print(closing, soft_wrap=True, highlight=False)
 
 
 def show_data(name: str, images: Images, folder: Path) -> None:
     """Prints what a data set holds, and draws a grid of each split into `folder`."""
-    splits, console = images.splits, Console()
+    splits, console = images.splits, Console(markup=False, emoji=False)
     shape = "x".join(map(str, images.shape))
     kind = "drawn anew each time, as Bernoulli(grey / 255)" if splits.dynamic else "fixed"
     table = Table(

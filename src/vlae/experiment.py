@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import Callback, EarlyStopping, Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from vlae.dashboard import Pictures, show
 from vlae.data import Images, independent_pixels
 from vlae.figures import learning_curves, read_metrics
-from vlae.keeping import LAST, Keeping, Log, WholeFiles, locked, newest
+from vlae.keeping import BEST, LAST, PREVIOUS, Best, Keeping, Log, WholeFiles, locked, newest
 from vlae.model import load
-from vlae.records import RESUMABLE, commit, flat, hardware, write
+from vlae.records import RESUMABLE, commit, flat, hardware, same, write
 from vlae.schema import check, resolve
 from vlae.tracking import Tracker, conclude, tracked
 from vlae.training import Averaging, LitVLAE
@@ -49,20 +49,28 @@ class Settings:
     patience: int | None
 
 
-def refuse_other(folder: Path, config: dict[str, Any]) -> None:
-    """ValueError naming the first setting in which the run that `folder` holds differs from `config`."""
-    path = folder / "config.json"
+def finished(folder: Path, config: dict[str, Any]) -> dict[str, float] | None:
+    """The metrics of the run that `folder` holds if there is nothing left to do; None if there is.
+
+    Raises:
+        ValueError: naming the first setting in which that run is another than `config`.
+    """
+    path, metrics = folder / "config.json", folder / "metrics.json"
     if not path.exists():
-        return
-    old, new = (
-        flat({k: v for k, v in c.items() if k not in RESUMABLE}) for c in (json.loads(path.read_text()), config)
-    )
+        return None
+    before = json.loads(path.read_text())  # first: the first rank changes it when it has removed the metrics
+    old, new = (flat({k: v for k, v in c.items() if k not in RESUMABLE}) for c in (before, config))
     for key in sorted({*old, *new}):
         if old.get(key) != new.get(key):
             raise ValueError(
                 f"{folder} holds a run with {key}={old.get(key)!r}, now {new.get(key)!r}; "
                 "give another `folder`, or remove it"
             )
+    if not same(before, config) or not metrics.exists():
+        return None
+    found: dict[str, float] = json.loads(metrics.read_text())
+    show(found, f"{folder} is finished already; remove it to train again")
+    return found
 
 
 def images_for(data: dict[str, Any], seed: int, allow: tuple[str, ...]) -> Images:
@@ -107,10 +115,7 @@ def trainer_for(asked: Settings, images: Images, folder: Path, loggers: list[Tra
     if asked.averaging:
         callbacks.append(Averaging(asked.averaging))  # after those that look at the average: it takes it out again
     if scored:
-        best = ModelCheckpoint(
-            place, filename="best", monitor="val/nelbo", save_on_train_epoch_end=False, enable_version_counter=False
-        )
-        callbacks.append(best)
+        callbacks.append(Best(place))
     log = Log(folder)
     ours: dict[str, Any] = {"logger": [log, *loggers], "callbacks": callbacks, "plugins": [WholeFiles()]}
     ours |= {"use_distributed_sampler": False, "default_root_dir": folder}
@@ -145,7 +150,7 @@ def evaluated(asked: Settings, images: Images, model: LitVLAE, trainer: Trainer)
 
 def kept(folder: Path) -> Path:
     """The checkpoint whose weights count: the best on validation, or without validation the last."""
-    best = folder / "checkpoints" / "best.ckpt"
+    best = folder / "checkpoints" / BEST
     return best if best.exists() else best.with_name(LAST)
 
 
@@ -181,7 +186,7 @@ def run(config: dict[str, Any], folder: Path, command: str) -> dict[str, float]:
 
     Raises:
         ValueError: for a setting that does not fit, before anything is written; if another training is running in
-            `folder`, or none of its checkpoints can be opened.
+            `folder`, or its checkpoints cannot be opened.
         FileNotFoundError: for missing data, likewise.
         FloatingPointError: if the loss is not finite.
         OSError: if a file cannot be written; earlier checkpoints are whole.
@@ -189,14 +194,9 @@ def run(config: dict[str, Any], folder: Path, command: str) -> dict[str, float]:
     quiet()
     started, code = datetime.now(UTC).isoformat(timespec="seconds"), commit()
     asked, images, model = prepare(config)
-    refuse_other(folder, config)
-    finished = folder / "metrics.json"
-    if finished.exists() and json.loads((folder / "config.json").read_text()) == config:
-        metrics = json.loads(finished.read_text())
-        show(metrics, f"{folder} is finished already; remove it to train again")
-        return metrics
-    resume = newest(folder)
-    if asked.init_from and not resume:
+    if done := finished(folder, config):
+        return done
+    if asked.init_from and not any((folder / "checkpoints" / name).exists() for name in (LAST, PREVIOUS)):
         model.start_from(load(asked.init_from, ("vlae.", *asked.allow)))
     with tracked(asked.wandb, folder) as loggers, ExitStack() as until_done:
         trainer = trainer_for(asked, images, folder, loggers)
@@ -205,8 +205,12 @@ def run(config: dict[str, Any], folder: Path, command: str) -> dict[str, float]:
         images.setup()
         if trainer.is_global_zero:  # after all that may be refused, as this makes the folder
             until_done.enter_context(locked(folder))
+        if done := finished(folder, config):  # by another training, which had the lock until now
+            return done
+        resume = newest(folder)
         # in this order: another process must not see the old result beside the new settings
-        rank_zero_only(finished.unlink)(missing_ok=True)
+        for name in ("metrics.json", "failed.json"):
+            rank_zero_only((folder / name).unlink)(missing_ok=True)
         rank_zero_only(write)(folder / "config.json", config)
         for logger in loggers:
             logger.log_hyperparams(config)
@@ -228,7 +232,7 @@ def run(config: dict[str, Any], folder: Path, command: str) -> dict[str, float]:
             metrics |= {"parameters": about["parameters"], **cost}
             for logger in loggers:
                 conclude(logger, metrics, kept(folder))
-            write(finished, metrics)
+            write(folder / "metrics.json", metrics)
             drawn = ", ".join(sorted(path.name for path in folder.glob("*.png")))
             show(metrics, f"{folder}: {drawn}, {left}")
     return metrics

@@ -16,12 +16,13 @@ import torch
 from filelock import FileLock, Timeout
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, Timer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 MINUTES = 10  # of training that a killed run repeats at most
+STEPS = 20  # after which ranks agree on what to do: each time all of them wait for the device
 SAVE, OVER = 1, 2  # what may be wished at the end of a step, besides 128 + a signal's number
 
 
@@ -56,21 +57,36 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def damage(path: Path) -> str:
+    """Why a checkpoint cannot be opened; empty if it can, or is not there."""
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        return ""
+    except Exception as error:  # a damaged file provokes errors of every kind
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return ""
+
+
 def newest(folder: Path) -> Path | None:
     """The checkpoint from which a run goes on: the last one, or where that is damaged the one before; None at first.
 
     Raises:
-        ValueError: if none of those that are there can be opened.
+        ValueError: if none of those that are there can be opened, or not the best one.
     """
     damaged: dict[Path, str] = {}
-    for path in (folder / "checkpoints" / name for name in (LAST, PREVIOUS)):
+    best, *paths = (folder / "checkpoints" / name for name in (BEST, LAST, PREVIOUS))
+    for path in paths:
         if not path.exists():
             continue
-        try:
-            torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file provokes errors of every kind
-            damaged[path] = " ".join(str(error).split())[:200] or type(error).__name__
+        if why := damage(path):
+            damaged[path] = why
             continue
+        if why := damage(best):
+            raise ValueError(
+                f"{best} cannot be opened ({why}); remove it to go on with the best from there on, "
+                f"or {folder} to train again"
+            )
         for file, why in damaged.items():
             aside = file.with_name(f"{file.name}.damaged")  # or the next save would put it in the place of this one
             rank_zero_only(file.replace)(aside)
@@ -104,6 +120,21 @@ class WholeFiles(TorchCheckpointIO):
                 with suppress(OSError):
                     part.unlink()
                 raise
+
+
+class Best(ModelCheckpoint):
+    """best.ckpt in `place`, the best on validation; it goes on from there also when the run's folder was moved."""
+
+    def __init__(self, place: Path) -> None:
+        name = Path(BEST).stem
+        super().__init__(place, name, monitor="val/nelbo", save_on_train_epoch_end=False, enable_version_counter=False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        here = Path(str(self.dirpath)) / BEST
+        if here.exists():  # else the next one is the best
+            paths = {"best_model_path": str(here), "kth_best_model_path": str(here), "dirpath": self.dirpath}
+            scores = {str(here): score for score in state_dict["best_k_models"].values()}
+            super().load_state_dict({**state_dict, **paths, "best_k_models": scores})
 
 
 class Log(Logger):
@@ -142,16 +173,17 @@ class Log(Logger):
 class Keeping(Checkpoint):
     """Saves last.ckpt after every epoch and every ten minutes, and ends a run that was told to end where it can go on.
 
-    On SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C all ranks save after the same step. Then a handler that was there before
-    (submitit's, SLURM's) is called; without one the process exits with 128 + the signal's number. A validation is
-    finished first: to go back to the last checkpoint would cost more. When the time of `timer` is over, training ends
-    likewise, but regularly. Must stand after all callbacks that change what is saved.
+    On SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 or Ctrl-C a single process saves after its step, several ranks all after the
+    same one of the next twenty. Then a handler that was there before (submitit's, SLURM's) is called; without one the
+    process exits with 128 + the signal's number. A validation is finished first: to go back to the last checkpoint
+    would cost more. When the time of `timer` is over, training ends likewise, but regularly. Must stand after all
+    callbacks that change what is saved.
     """
 
     def __init__(self, path: Path, log: Log, timer: Timer) -> None:
         self.path, self.rows, self.timer = path, log, timer
         self.saved = time.monotonic()
-        self.logged = self.received = 0
+        self.logged = self.received = self.agreed = self.at = 0
         self.earlier: dict[int, Any] = {}
 
     @property
@@ -177,10 +209,10 @@ class Keeping(Checkpoint):
         trainer.should_stop |= any(callback.wait_count >= callback.patience for callback in early)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.saved = time.monotonic()
+        self.saved, self.agreed = time.monotonic(), trainer.global_step
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
             self.earlier.setdefault(number, signal.getsignal(number))
             if self.earlier[number] != signal.SIG_IGN:
                 signal.signal(number, self.receive)  # Lightning puts the earlier one back when training ends
@@ -189,6 +221,12 @@ class Keeping(Checkpoint):
         self.received = 128 + number
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)  # a second one stops at once
+        if number == signal.SIGHUP:
+            for output in (1, 2):
+                try:
+                    os.write(output, b"")
+                except OSError:  # its terminal is gone: the next line would end the run before it has saved
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
 
     def wish(self, trainer: Trainer) -> int:
         """What all ranks are to do now: the strongest wish of any."""
@@ -197,6 +235,7 @@ class Keeping(Checkpoint):
         late = time.monotonic() - self.saved > 60 * MINUTES
         wish = self.received or (OVER if over else SAVE if late else 0)
         if trainer.world_size > 1:
+            self.agreed = trainer.global_step
             wishes = torch.tensor(wish, device=trainer.strategy.root_device)
             wish = int(trainer.strategy.reduce(wishes, reduce_op="max"))
         return wish
@@ -205,19 +244,26 @@ class Keeping(Checkpoint):
         loop, batches = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
         assert batches is not None
         # from within an accumulation, or just before a validation, Lightning would not go on as if nothing had been
-        if loop._should_accumulate() or loop._is_training_done or loop._should_check_val_fx(batches):
+        if loop._should_accumulate() or loop._num_ready_batches_reached() or loop._should_check_val_fx(batches):
             return
-        if wish := self.wish(trainer):
+        last = loop._is_training_done  # by max_steps
+        if trainer.world_size > 1 and not last and trainer.global_step < self.agreed + STEPS:
+            return
+        if wish := self.wish(trainer) or SAVE * last:
             self.save(trainer, wish)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # an epoch that was cut short was saved where it was cut: here it would count as a whole one
-        if not trainer.should_stop or trainer.fit_loop.epoch_loop._is_training_done:
+        if self.at != trainer.global_step:
             self.save(trainer, self.wish(trainer))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # the step of the test's figures; one less where training was over when the run went on
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
     def save(self, trainer: Trainer, wish: int) -> None:
         trainer.save_checkpoint(self.path, weights_only=False)
-        self.saved = time.monotonic()
+        self.saved, self.at = time.monotonic(), trainer.global_step
         if wish == OVER:
             trainer.should_stop, trainer.limit_val_batches = True, 0  # or it would be validated at a step of its own
         elif wish > OVER:

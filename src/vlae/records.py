@@ -11,7 +11,6 @@ if TYPE_CHECKING:  # what starts jobs only reads records
     import torch
 
 RESUMABLE = ("trainer", "wandb", "record")  # sections of a run's settings that may change when it goes on
-SHOWN = ("wandb.", "trainer.enable_", "trainer.log_every_n_steps")  # settings that change no result
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -27,12 +26,6 @@ def same(old: dict[str, Any], new: dict[str, Any]) -> bool:
     shown = ("wandb.", "trainer.enable_", "trainer.log_every_n_steps")
     one, two = ({k: v for k, v in flat(each).items() if not k.startswith(shown)} for each in (old, new))
     return one == two
-
-
-def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two runs' settings differ in no more than where and how often something is shown."""
-    a, b = ({k: v for k, v in flat(each).items() if not k.startswith(SHOWN)} for each in (one, other))
-    return a == b
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
-from vlae.charts import INK, RULE, Draw, charts, order, sweep, text
+from vlae.charts import INK, RULE, Draw, charts, done, order, sweep, text
 from vlae.sweeps import Job, jobs, points, short, varied
 
 STYLE: dict[Any, Any] = {
@@ -91,7 +91,7 @@ def table_of_runs(runs: list[Job], names: dict[str, str], folder: Path) -> str:
 def table_of_points(runs: list[Job], names: dict[str, str]) -> str:
     keys, rows = list(COLUMNS)[:3], []
     for point in points(runs):
-        row = [*chosen(point.runs[0], names), figure("n", sum(run.state == "done" for run in point.runs))]
+        row = [*chosen(point.runs[0], names), figure("n", done(point))]
         rows.append(row + [figure(key, point.means.get(key), point.spreads.get(key)) for key in keys])
     heads = {**names, "runs that are done": "n", **{key: COLUMNS[key] for key in keys}}
     caption = "Means ± sample standard deviation over n seeds."
@@ -168,6 +168,7 @@ def report(folder: Path) -> tuple[Path, list[Path]]:
     shared = {name: found for name, (found, *more) in same.items() if not more}
     page = Template((files("vlae") / "report.html").read_text(encoding="utf-8")).substitute(
         title=escape(folder.resolve().name),
+        heading=re.sub("([,._=])", r"\1<wbr>", escape(folder.resolve().name)),  # may break there
         swept=f"{' &times; '.join(map(escape, swept)) or 'One model'} on {escape(', '.join(sets) or 'no data')}",
         tiles=defined(tiles),
         plots="".join(frames),
