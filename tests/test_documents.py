@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 import torch
@@ -60,6 +61,22 @@ def test_readme_tables_agree_with_records() -> None:
     for name, *shown in rows:
         metrics = json.loads((ROOT / "results" / f"{name}.json").read_text())["metrics"]
         assert shown == [f"{metrics[f'test/{figure}']:.2f}" for figure in ("nelbo", "rate", "distortion")]
+
+
+def test_readme_tables_of_the_sweep_agree_with_its_jobs() -> None:
+    lines = [json.loads(line) for line in (ROOT / "results/digits_sweep/jobs.jsonl").read_text().splitlines()]
+    assert len({json.dumps(line["settings"]) for line in lines}) == 40
+    values: dict[tuple[str, int, str], list[float]] = {}
+    for line in lines:
+        window, depth, _ = (line["settings"][name] for name in sorted(line["settings"]))
+        for name in ("nelbo", "rate"):
+            values.setdefault((name, depth, window), []).append(line["metrics"][f"test/{name}"])
+    shown = re.findall(r"^\| prior depth \| (.*) \|\n.*\n((?:\| \d \| .*\n)+)", README, re.M)
+    for name, (windows, rows) in zip(("nelbo", "rate"), shown, strict=True):
+        for row in rows.splitlines():
+            depth, *cells = row.strip("| ").split(" | ")
+            found = [values[name, int(depth), window] for window in windows.split(" | ")]
+            assert cells == [f"{mean(each):.2f}±{stdev(each):.2f}" for each in found]
 
 
 def test_shipped_weights_are_small_and_open() -> None:
