@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, Timer
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -117,7 +118,9 @@ def trainer_for(asked: Settings, images: Images, folder: Path, loggers: list[Tra
     if scored:
         callbacks.append(Best(place))
     log = Log(folder)
-    ours: dict[str, Any] = {"logger": [log, *loggers], "callbacks": callbacks, "plugins": [WholeFiles()]}
+    # or on SIGUSR1 Lightning would save a file of its own, and test those weights
+    plugins: list[Any] = [WholeFiles(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])]
+    ours: dict[str, Any] = {"logger": [log, *loggers], "callbacks": callbacks, "plugins": plugins}
     ours |= {"use_distributed_sampler": False, "default_root_dir": folder}
     check(Trainer, asked.trainer, "trainer", supplied=ours)
     settings = dict(asked.trainer)

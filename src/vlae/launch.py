@@ -43,7 +43,7 @@ UNNAMED = (
 FIGURES = {"val/nelbo": "NELBO", "val/rate": "rate", "val/distortion": "distortion", "test/nelbo": "test"}
 STOP = "stop"  # in a sweep's folder: no more jobs
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-RANKS = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RANKS = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_")
 
 
 def named(overrides: Iterable[str]) -> str:
@@ -277,7 +277,7 @@ def start(line: list[str], config: dict[str, Any], folder: Path) -> float:
         (folder / "failed.json").unlink(missing_ok=True)
         mine = [f"folder={quoted(folder)}", f"wandb.group={quoted(config['wandb']['group'])}", "hydra.mode=RUN"]
         mine += ["trainer.enable_progress_bar=false", f"record={quoted(config['record'])}" if config["record"] else ""]
-        environment = {key: value for key, value in os.environ.items() if key not in RANKS}
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(RANKS)}
         devices = config["trainer"]["devices"]
         count = devices if isinstance(devices, int) and config["trainer"]["accelerator"] != "cpu" else 0
         with gpus(count) as shown, (folder / "output.log").open("a+", errors="replace") as output:

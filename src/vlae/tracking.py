@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,6 +113,7 @@ def tracked(settings: dict[str, Any], folder: Path, kind: Kind = "train") -> Ite
     import wandb
 
     code = 1
+    harmless: tuple[type[Exception], ...] = ()
     try:
         yield trackers
         code = 0
@@ -120,5 +121,9 @@ def tracked(settings: dict[str, Any], folder: Path, kind: Kind = "train") -> Ite
         if wandb.run:
             wandb.run.alert("The loss is not finite", str(error), "ERROR")
         raise
+    except SystemExit:  # SLURM may have ended W&B's service, too; a job that is to come back must not fail of it
+        harmless = (Exception,)
+        raise
     finally:  # or the next run in this process would go on in this one
-        wandb.finish(exit_code=code)
+        with suppress(*harmless):
+            wandb.finish(exit_code=code)
