@@ -40,6 +40,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides  # as many processors as are told, not as are there
 SchedulerParameters=sched_interval=5
+FirstJobId={first}
 ReturnToService=2
 NodeName={host} NodeAddr=127.0.0.1 CPUs=4 RealMemory=8000
 PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE
@@ -75,7 +76,8 @@ def cluster(folder: Path) -> Iterator[None]:
     key.write_bytes(secrets.token_bytes(1024))
     host = socket.gethostname().split(".")[0]
     config = folder / "slurm.conf"
-    config.write_text(CONFIG.format(folder=folder, host=host, controller=free_port(), node=free_port()))
+    first = secrets.randbelow(9000) + 1  # ranks meet at the port 15000 + a job's id
+    config.write_text(CONFIG.format(folder=folder, host=host, controller=free_port(), node=free_port(), first=first))
     os.environ["SLURM_CONF"] = str(config)
     files = {name: folder / "munge" / name for name in ("socket", "pid-file", "log-file", "seed-file")}
     munge = ["munged", "--foreground", "--force", f"--key-file={key}", *(f"--{k}={v}" for k, v in files.items())]
@@ -103,14 +105,12 @@ def train(*overrides: str, before: tuple[str, ...] = ()) -> None:
 
 
 def left(folder: Path) -> tuple[set[str], dict[str, float]]:
-    """The names of what a run left, W&B's, SLURM's and the terminal's aside, and its metrics, the clock's aside."""
+    """The names of what a run left, W&B's and the terminal's aside, and its metrics, the clock's aside."""
     dashboards = {path.name for path in folder.glob("wandb/offline-run-*/*.wandb")}  # a resumed run has one twice
     assert len(dashboards) == 1, f"{folder}: not one W&B run but {dashboards}"
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     metrics = json.loads((folder / "metrics.json").read_text())
-    # hpc_ckpt: a copy that Lightning makes as it asks SLURM to start the job again
-    aside = ("wandb", "output.log", "hpc_ckpt")
-    return {name for name in files if not name.startswith(aside)}, {**metrics, "wall_s": 0.0}
+    return {name for name in files if not name.startswith(("wandb", "output.log"))}, {**metrics, "wall_s": 0.0}
 
 
 def same(folder: Path, other: Path) -> None:
@@ -172,9 +172,10 @@ def preempted_submission() -> None:
 
 
 def preempted_script() -> None:
-    """SIGUSR1, Lightning's, to both ranks of a script for sbatch: the same."""
-    line = " ".join(["srun", sys.executable, TRAIN, "folder=script", *LONG, *RANKS])
-    subprocess.run(["sbatch", "--requeue", "--ntasks-per-node=2", f"--wrap={line}"], check=True)
+    """SIGUSR1 to both ranks of a script for sbatch: saved, exit code 138, with which the script requeues itself."""
+    train = " ".join(["srun", sys.executable, TRAIN, "folder=script", *LONG, *RANKS])
+    script = f"{train}; code=$?; [ $code = 138 ] && scontrol requeue $SLURM_JOB_ID; exit $code"
+    subprocess.run(["sbatch", "--requeue", "--ntasks-per-node=2", f"--wrap={script}"], check=True)
     interrupted(Path("script"), "USR1")
 
 
