@@ -10,12 +10,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
-    ["schema", "layers", "files", "formats", "records"],
+    ["schema", "layers", "files", "formats", "records", "container", "sizes"],
     ["likelihoods", "encoder", "prior", "decoder", "datasets"],
     ["model", "data", "folder"],
     ["objective", "sampling", "evaluation", "codes"],
-    ["figures", "sweeps"],
-    ["training", "gallery", "tracking", "media", "charts", "keeping"],
+    ["figures", "sweeps", "codec"],
+    ["compression", "training", "gallery", "tracking", "media", "charts", "keeping"],
     ["dashboard", "workspace", "report"],
     ["experiment", "launch"],
     ["commands"],
@@ -37,10 +37,12 @@ def imports(tree: ast.AST) -> Iterator[str]:
             yield from (f"vlae.{alias.name}" for alias in node.names) if home == "vlae" else [home]
 
 
-def top(tree: ast.Module) -> Iterator[str]:
+def top(tree: ast.Module | ast.ClassDef) -> Iterator[str]:
     """What is imported by importing the module itself."""
     for node in tree.body:
-        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        if isinstance(node, ast.ClassDef):
+            yield from top(node)
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             yield from imports(node)
 
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .codes import encode
+    from .compression import compress, decompress
+    from .container import CodecError
     from .data import Images
     from .evaluation import log_likelihood
     from .model import VLAE, Terms, build, load
@@ -14,11 +16,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "VLAE",
+    "CodecError",
     "Images",
     "LitVLAE",
     "Terms",
     "build",
     "complete",
+    "compress",
+    "decompress",
     "encode",
     "interpolate",
     "load",
@@ -33,6 +38,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 _HOMES = {
     "codes": ["encode"],
+    "compression": ["compress", "decompress"],
+    "container": ["CodecError"],
     "data": ["Images"],
     "evaluation": ["log_likelihood"],
     "model": ["VLAE", "Terms", "build", "load"],

@@ -1,5 +1,7 @@
 """p(z): an autoregressive flow between codes and noise."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -39,21 +41,25 @@ class Made(nn.Module):
         log_scale = torch.zeros_like(z) if self.scale is None else 2 * torch.tanh(self.scale(h) / 2)
         return self.shift(h), log_scale
 
-    def invert(self, eps: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        """z with (z - shift(z)) / scale(z) = eps, one dimension after the other, each hidden unit computed once."""
-        z = torch.empty_like(eps)
-        first, second = (eps.new_empty(len(eps), self.first.out_features) for _ in range(2))
+    def one_by_one(self, z: Float[Tensor, "B D"]) -> Iterator[tuple[Float[Tensor, "B"], Float[Tensor, "B"]]]:
+        """Shift and log-scale of z_0, then z_1, ...: fill each in before the next. Hidden units are computed once."""
+        first, second = (z.new_empty(len(z), self.first.out_features) for _ in range(2))
         done = 0
         for i, ready in enumerate(self.ready):
             new = slice(done, ready)  # units of degree i: they see z_0..z_{i-1}
             first[:, new] = F.relu(F.linear(z[:, :i], self.first.weight[new, :i], self.first.bias[new]))
             second[:, new] = F.relu(F.linear(first[:, :ready], self.second.weight[new, :ready], self.second.bias[new]))
-            h = second[:, :ready]
-            z[:, i] = eps[:, i]
+            h, log_scale = second[:, :ready], z.new_zeros(len(z))
             if self.scale is not None:
-                z[:, i] *= torch.exp(2 * torch.tanh((h @ self.scale.weight[i, :ready] + self.scale.bias[i]) / 2))
-            z[:, i] += h @ self.shift.weight[i, :ready] + self.shift.bias[i]
+                log_scale = 2 * torch.tanh((h @ self.scale.weight[i, :ready] + self.scale.bias[i]) / 2)
+            yield h @ self.shift.weight[i, :ready] + self.shift.bias[i], log_scale
             done = ready
+
+    def invert(self, eps: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+        """z with (z - shift(z)) / scale(z) = eps, one dimension after the other."""
+        z = torch.empty_like(eps)
+        for i, (shift, log_scale) in enumerate(self.one_by_one(z)):
+            z[:, i] = eps[:, i] * log_scale.exp() + shift
         return z
 
 

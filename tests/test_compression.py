@@ -1,0 +1,377 @@
+"""Files of images: what is decoded is what was encoded, as short as the bound says, or it is refused."""
+
+import random
+import tracemalloc
+import zlib
+from copy import deepcopy
+from math import log
+from typing import Any
+
+import pytest
+import torch
+from tiny import settings, shaken, tiny
+
+from vlae.codec import Codec
+from vlae.compression import BATCH, alike, compress, decompress, header, layout, seed
+from vlae.container import KINDS as KIND_NAMES
+from vlae.container import MAGIC, CodecError, Header, pack, unpack
+from vlae.layers import normal_log_prob
+from vlae.model import VLAE, build
+from vlae.sizes import sheet, sizes
+
+MIXTURE = {"likelihood": "LogisticMixture"}
+KINDS: list[tuple[tuple[int, int, int], int, dict[str, Any]]] = [
+    ((1, 3, 3), 2, {}),
+    ((1, 13, 17), 2, {"window": "7x4", "depth": 4, "code": 5}),
+    ((1, 5, 4), 2, {"window": "none", "depth": 0}),
+    ((1, 5, 4), 2, {"window": "15x8", "code": 0}),
+    ((1, 5, 4), 2, {"window": "none", "code": 0}),
+    ((1, 6, 5), 256, {"window": "7x4", "depth": 1, **MIXTURE}),
+    ((1, 4, 4), 17, {"window": "1x1", "code": 1, **MIXTURE}),
+    ((3, 4, 5), 256, {"window": "4x2", **MIXTURE}),
+]
+
+
+def model_of(shape: tuple[int, int, int], levels: int, chosen: dict[str, Any]) -> VLAE:
+    return tiny(shape, levels, **{"scale": False, **chosen}).eval()
+
+
+def draw(model: VLAE, count: int) -> torch.Tensor:
+    return torch.randint(0, model.likelihood.levels, (count, *model.decoder.shape))
+
+
+@pytest.fixture(scope="module")
+def small() -> VLAE:
+    return model_of((1, 5, 5), 2, {"code": 3})
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_exact(kind: tuple[tuple[int, int, int], int, dict[str, Any]]) -> None:
+    model = model_of(*kind).float()
+    for count in (1, BATCH + 1):
+        x = draw(model, count)
+        found = decompress(model, compress(model, x))
+        assert found.dtype == torch.uint8
+        assert torch.equal(found.long(), x)
+
+
+def test_any_number_of_images(small: VLAE) -> None:
+    for count in (2, 3, BATCH - 1, 2 * BATCH + 341):
+        x = draw(small, count)
+        assert torch.equal(decompress(small, compress(small, x)).long(), x)
+
+
+def test_all_images_that_cost_nothing(small: VLAE) -> None:
+    """The first symbols of an interval leave an empty stack empty."""
+    for value in (0, 1):
+        for count in (1, 2, 40):
+            x = torch.full((count, 1, 5, 5), value)
+            assert torch.equal(decompress(small, compress(small, x)).long(), x)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 62, 64, 65, 341, 1000, 10_000, 2**32 - 1])
+def test_layout_holds_all_images(count: int) -> None:
+    small, full = layout(count)
+    assert sum(small) + BATCH * full == count
+    assert small == sorted(small)
+    assert all(1 <= size < BATCH for size in small)
+
+
+def test_length_is_the_bound() -> None:
+    """Against -ELBO by the mean of fresh codes, which knows nothing of grids, waves or stacks."""
+    torch.manual_seed(0)
+    model = shaken(build(settings(window="4x2", code=6, scale=False), (1, 13, 17), 2), 0.1).eval()
+    x = draw(model, 700)
+    with torch.no_grad():
+        noise = torch.randn(10, len(x), 6, dtype=torch.float64)
+        bound = -torch.stack([model(x, eps).elbo for eps in noise]).mean(0).sum().item() / log(2)
+    data = compress(model, x)
+    bits = 8 * len(data) - 32 * unpack(data)[0].initial
+    assert abs(bits / bound - 1) < 0.01
+
+
+def test_single_image_is_paid_for(small: VLAE) -> None:
+    """Without bits back an image takes -log2 p(x | z) - log2 P(z on its grid)."""
+    x = draw(small, 1)
+    data = compress(small, x)
+    about, payload = unpack(data)
+    spacing = 2.0**about.spacing
+    z = (small.encode(x).mean / spacing).round() * spacing
+    params = small.decoder(small.unit(x), small.decoder.features(z))
+    eps = z
+    for n, step in enumerate(small.prior.steps):
+        eps = eps.flip(1) if n else eps
+        eps = eps - (step(eps)[0] / spacing).round() * spacing
+    unit = torch.distributions.Normal(0.0, 1.0)
+    mass = unit.cdf(eps + spacing / 2) - unit.cdf(eps - spacing / 2)
+    bits = -(small.likelihood.log_prob(params, x).sum() + mass.log().sum()).item() / log(2)
+    assert about.initial == 0
+    assert bits - 1 <= 8 * len(payload) <= bits + 33
+
+
+def test_initial_bits_are_those_of_a_few_images() -> None:
+    model = model_of((1, 13, 17), 2, {"code": 8})
+    x = draw(model, 1000)
+    about, _ = unpack(compress(model, x))
+    codec = Codec(model, 2.0**about.spacing)
+    stack = codec.stack(seed(2000))
+    before = stack.num_bits()
+    with alike():
+        codec.draw(stack, x[:BATCH])
+    assert 0 < 32 * about.initial < (before - stack.num_bits()) / 4
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 3, 4])
+def test_the_grid_is_kept(depth: int) -> None:
+    """Against a plain loop over numbers, and one to one even where the ring wraps."""
+    prior = shaken(tiny(code=5, scale=False, depth=depth).prior, 1.0)
+    model = tiny(code=5, scale=False, depth=depth)
+    model.prior = prior
+    codec = Codec(model, 0.25)
+    z = torch.randint(-codec.reach, codec.reach, (40, 5)).double()
+    with torch.no_grad():
+        found = codec.noise(z)
+        for row, result in zip(z.tolist(), found.tolist(), strict=True):
+            for n, step in enumerate(prior.steps):
+                row = row[::-1] if n else row
+                shift = step(0.25 * torch.tensor([row], dtype=torch.float64))[0][0]
+                row = [
+                    (value - round(float(mean) / 0.25) + codec.reach) % (2 * codec.reach) - codec.reach
+                    for value, mean in zip(row, shift, strict=True)
+                ]
+            assert row == result
+        assert torch.equal(codec.code(found), z)
+        again = torch.randint(-codec.reach, codec.reach, (40, 5)).double()
+        assert torch.equal(codec.noise(codec.code(again)), again)
+
+
+def test_nothing_but_model_and_images_matters(small: VLAE) -> None:
+    """Neither the state of random numbers, nor threads, strides, integer types or autocast."""
+    x = draw(small, 20)
+    data = compress(small, x)
+    torch.manual_seed(7)
+    torch.set_num_threads(2)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert compress(small, x) == data
+            assert torch.equal(decompress(small, data).long(), x)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert compress(small, x.to(torch.uint8)) == data
+    assert compress(small, x.permute(1, 3, 2, 0).contiguous().permute(3, 0, 2, 1)) == data
+
+
+def test_lossy_files_hold_codes(small: VLAE) -> None:
+    x = draw(small, 70)
+    data = compress(small, x, lossy=True)
+    assert len(data) < len(compress(small, x))
+    uniform = torch.rand(70, 1, 5, 5)
+    drawn, again = (decompress(small, data, uniform) for _ in range(2))
+    assert torch.equal(drawn, again)
+    assert not torch.equal(drawn, decompress(small, data, 1 - uniform))
+    spacing = 2.0 ** unpack(data)[0].spacing
+    z = (small.encode(x).mean / spacing).round() * spacing
+    h = small.decoder.features(z)
+    for i in range(5):
+        for j in range(5):  # raster order, a pass for each pixel
+            below = small.likelihood.pmf(small.decoder(small.unit(drawn), h), drawn[:, :0])[:, 0, i, j]
+            assert torch.equal(drawn[:, 0, i, j], (uniform[:, 0, i, j] >= below).to(torch.uint8))
+    likely = decompress(small, data)
+    log_px = small.likelihood.log_prob(small.decoder(small.unit(likely), h), likely)
+    assert (log_px >= -log(2)).all()
+
+
+def test_lossy_refusals(small: VLAE) -> None:
+    with pytest.raises(ValueError) as caught:
+        compress(model_of((1, 3, 3), 2, {"code": 0}), torch.zeros(2, 1, 3, 3, dtype=torch.long), lossy=True)
+    assert "model.code=0" in str(caught.value)
+    with pytest.raises(ValueError) as caught:
+        decompress(small, compress(small, draw(small, 3), lossy=True), torch.rand(2, 1, 5, 5))
+    assert "(2, 1, 5, 5) for 3 of (1, 5, 5)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(0, 1, 5, 5, dtype=torch.long), "no images"),
+        (torch.zeros(2, 1, 5, 4, dtype=torch.long), "(1, 5, 4)"),
+        (torch.full((2, 1, 5, 5), 2), "values 2 to 2"),
+    ],
+)
+def test_other_images_are_refused(small: VLAE, x: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        compress(small, x)
+    assert message in str(caught.value)
+
+
+def test_scales_are_refused() -> None:
+    with pytest.raises(ValueError) as caught:
+        compress(tiny(scale=True), torch.zeros(2, 1, 3, 3, dtype=torch.long))
+    assert "model.prior.scale=false" in str(caught.value)
+
+
+def test_models_that_are_not_finite_are_refused() -> None:
+    model = model_of((1, 3, 3), 2, {})
+    with torch.no_grad():
+        model.encoder.net[-1].bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError):
+        compress(model, torch.zeros(2, 1, 3, 3, dtype=torch.long))
+
+
+def forged(data: bytes, payload: bytes | None = None, **fields: Any) -> bytes:
+    """A file with other fields and right checksums."""
+    about, own = unpack(data)
+    return pack(about._replace(**fields), own if payload is None else payload)
+
+
+def refused(model: VLAE, data: bytes) -> str:
+    with pytest.raises(CodecError) as caught:
+        decompress(model, data)
+    return str(caught.value)
+
+
+def test_another_model_or_machine_is_refused(small: VLAE) -> None:
+    data = compress(small, draw(small, 9))
+    other = model_of((1, 5, 5), 2, {"code": 3})
+    with torch.no_grad():
+        other.decoder.head.bias += 1e-6
+    assert "model" in refused(other, data)
+    assert "floats" in refused(deepcopy(small).float(), data)
+    assert "threads 2, which is 1 here" in refused(small, forged(data, threads=2))
+    assert "batch" in refused(small, forged(data, batch=255))
+    assert "fingerprint" in refused(small, forged(data, fingerprint=1))
+    assert "torch 2.1" in refused(small, forged(data, fingerprint=1, torch="2.1"))
+
+
+def test_a_machine_that_computes_otherwise_is_refused(small: VLAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off by a millionth in the odds of pixels: the fingerprint, and were that equal, the end."""
+    data = compress(small, draw(small, BATCH + 6))
+    about, _ = unpack(data)
+    pmf = small.likelihood.pmf
+    monkeypatch.setattr(
+        small.likelihood, "pmf", lambda params, x: pmf(params, x) * (1 + 1e-6 * torch.arange(2)[:, None])
+    )
+    assert "fingerprint" in refused(small, data)
+    with alike():
+        here = header(small, about.kind, about.spacing, about.images)
+    assert "damaged" in refused(small, forged(data, fingerprint=here.fingerprint))
+
+
+def files(model: VLAE) -> dict[str, bytes]:
+    """One of each kind."""
+    found = [compress(model, draw(model, n), lossy) for n, lossy in ((BATCH + 6, False), (2, False), (9, True))]
+    named = {unpack(data)[0].kind: data for data in found}
+    assert set(named) == set(KIND_NAMES)
+    return named
+
+
+@pytest.mark.parametrize("kind", KIND_NAMES)
+def test_headers_that_lie_are_refused(small: VLAE, kind: str) -> None:
+    data = files(small)[kind]
+    about, payload = unpack(data)
+    for fields in (
+        {"images": 0},
+        {"images": 1},
+        {"images": about.images - 1},
+        {"images": about.images + 1},
+        {"initial": about.initial + 1},
+        {"initial": 2**16 - 1},
+        {"spacing": -128},
+        {"spacing": 127},
+        {"spacing": 1 if about.spacing != 1 else 2},
+        {"content": about.content ^ 1},
+        *({"kind": other} for other in KIND_NAMES if other != kind),
+    ):
+        refused(small, forged(data, **fields))
+    longer = payload + bytes(4), payload + b"\1\0\0\0"
+    for wrong in (b"", payload[:-4], payload[4:], *longer, payload[:-1], bytes(400)):
+        refused(small, forged(data, wrong))
+
+
+@pytest.mark.parametrize("kind", KIND_NAMES)
+def test_absurd_sizes_take_no_memory(small: VLAE, kind: str) -> None:
+    data = files(small)[kind]
+    tracemalloc.start()
+    try:
+        decompress(small, data)
+        honest = tracemalloc.get_traced_memory()[1]
+        for images in (32 * len(data), 2**32 - 1):
+            tracemalloc.reset_peak()
+            assert "fewer images" in refused(small, forged(data, images=images))
+            assert tracemalloc.get_traced_memory()[1] < 2 * honest
+    finally:
+        tracemalloc.stop()
+
+
+def test_mutations_are_refused(small: VLAE) -> None:
+    """Or the images are right: with a checksum to match, other library versions in the header do no harm."""
+    rng = random.Random(0)
+    good = list(files(small).values())
+    right = [decompress(small, data) for data in good]
+    kept = 0
+    for _ in range(300):
+        wrong = mutated(*rng.sample(good, 2), rng)
+        try:
+            found = decompress(small, wrong)
+        except CodecError:
+            continue
+        assert any(torch.equal(found, x) for x in right)
+        kept += wrong not in good
+    assert kept < 10
+
+
+def mutated(data: bytes, other: bytes, rng: random.Random) -> bytes:
+    """Truncated, flipped, spliced or random; a fifth of them with a right checksum in front."""
+    at, to = sorted(rng.randrange(len(data)) for _ in range(2))
+    kind = rng.randrange(5)
+    if kind == 0:
+        wrong = data[:at]
+    elif kind == 1:
+        wrong = data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
+    elif kind == 2:
+        wrong = data[:at] + other[rng.randrange(len(other)) :]
+    elif kind == 3:
+        wrong = data[:at] + rng.randbytes(to - at) + data[to:]
+    else:
+        wrong = MAGIC + rng.randbytes(rng.randrange(200))
+    if rng.random() < 0.2:
+        wrong = MAGIC + zlib.crc32(wrong[8:]).to_bytes(4, "little") + wrong[8:]
+    return wrong
+
+
+def test_headers_survive() -> None:
+    about = Header("lossy", "float64", -3, 64, 1, 2**32 - 1, 2**16 - 1, 2**32 - 1, 5, "0123abcd", "2.13", "0.5")
+    assert unpack(pack(about, b"payload")) == (about, b"payload")
+    for fields in ({"images": 2**32}, {"initial": 2**16}):
+        with pytest.raises(ValueError) as caught:
+            pack(about._replace(**fields), b"")
+        assert "do not fit" in str(caught.value)
+
+
+@pytest.mark.parametrize(("channels", "levels"), [(1, 2), (1, 17), (1, 256), (3, 256)])
+def test_other_formats_get_the_same_pixels(channels: int, levels: int) -> None:
+    x = torch.randint(0, levels, (7, channels, 4, 5), dtype=torch.uint8)
+    picture = sheet(x, levels)
+    assert picture.size == (15, 12)
+    for n, image in enumerate(x):
+        for i in range(4):
+            for j in range(5):
+                found = picture.getpixel((n % 3 * 5 + j, n // 3 * 4 + i))
+                expected = tuple(image[:, i, j].tolist()) if channels == 3 else int(image[0, i, j])
+                assert found == (255 * expected if levels == 2 else expected)
+    assert all(size > 0 for size in sizes(x, levels).values())
+
+
+def test_normal_masses_are_those_of_the_prior() -> None:
+    """constriction's table of N(0, 1) on the grid against the density."""
+    model = tiny(scale=False)
+    codec = Codec(model, 1 / 8)
+    eps = torch.arange(-24, 25).double()[:, None] / 8
+    for value in eps:
+        stack = codec.stack(seed(40))
+        before = stack.num_valid_bits()
+        for _ in range(20):
+            stack.encode_reverse((8 * value).int().numpy(), codec.standard)
+        bits = (stack.num_valid_bits() - before) / 20
+        assert abs(bits - (3 - normal_log_prob(value[None]).item() / log(2))) < 0.12
