@@ -22,6 +22,7 @@ from vlae.codes import encode, linear_probe
 from vlae.data import generator
 from vlae.datasets import digits
 from vlae.figures import captioned, grid
+from vlae.folder import alike, store
 from vlae.gallery import PICTURES
 from vlae.model import save
 
@@ -127,6 +128,50 @@ def test_encode_one_s_own_pictures(run: Path, call: Vlae, many: bool) -> None:
     assert "labels" not in codes
 
 
+def test_compress_and_decompress(run: Path, call: Vlae) -> None:
+    x = digits(Path()).test.images
+    out = call("compress", str(run), "-o", "new/test.vlae", "--samples", "2")
+    data = Path("new/test.vlae").read_bytes()
+    assert f"{len(data):,} bytes for {len(x):,} images" in out
+    for line in ("test.vlae", "-ELBO", "-log p(x)", "PNG", "WebP", "xz"):
+        assert line in out
+    shown = float(re.search(r"test\.vlae │ ([\d.]+)", out)[1])  # type: ignore[index]
+    assert shown == pytest.approx(8 * len(data) / x.numel(), abs=1e-4)
+    call("decompress", str(run), "new/test.vlae")
+    assert np.array_equal(np.load("new/test.npz")["images"], x)
+    call("decompress", str(run / "checkpoints" / "best.ckpt"), "new/test.vlae", "-o", "pictures")
+    call("compress", str(run), "pictures", "-o", "again.vlae", "--samples", "1")
+    call("compress", str(run), "new/test.npz", "-o", "third.vlae", "--samples", "1")
+    assert Path("again.vlae").read_bytes() == Path("third.vlae").read_bytes() == data
+    call("compress", str(run), "pictures/00001.png", "pictures/00000.png", "-o", "two.vlae", "--samples", "1")
+    call("decompress", str(run), "two.vlae")
+    assert np.array_equal(np.load("two.npz")["images"], x[[1, 0]])
+    assert {path.name for path in Path("new").iterdir()} == {"test.vlae", "test.npz"}
+
+
+def test_compress_codes_alone(run: Path, call: Vlae) -> None:
+    out = call("compress", str(run), "train", "--lossy", "-o", "codes.vlae")
+    call("decompress", str(run), "codes.vlae", "-o", "likely.npz")
+    likely, found = np.load("likely.npz")["images"], []
+    wrong = float((likely != digits(Path()).train.images.numpy()).mean())
+    assert f"{wrong:.2%} of the most likely values" in out
+    for seed in ("3", "3", "4"):
+        call("decompress", str(run), "codes.vlae", "--seed", seed)
+        found.append(np.load("codes.npz")["images"])
+    assert np.array_equal(found[0], found[1])
+    assert not np.array_equal(found[0], found[2])
+    assert likely.shape == found[0].shape
+
+
+@pytest.mark.parametrize("levels", range(2, 257))
+def test_pictures_are_read_back(tmp_path: Path, levels: int) -> None:
+    for channels in (1, 3):
+        values = torch.arange(levels, dtype=torch.uint8).expand(2, channels, 1, -1).contiguous()
+        values[1] = values[1].flip(2)
+        store(values, levels, tmp_path / f"{channels}")
+        assert torch.equal(alike([tmp_path / f"{channels}"], (channels, 1, levels), levels), values)
+
+
 class Evil:
     """Would leave a file, were it unpickled."""
 
@@ -138,7 +183,7 @@ class Evil:
     ("arguments", "found"),
     [
         (["encode", "{run}", "small.png"], r"small\.png: 7 x 8 pixels; 8 x 8 are wanted"),
-        (["encode", "{run}", "valid"], "valid: neither train, validation, test nor a file or folder"),
+        (["encode", "{run}", "valid"], "valid: neither train, validation, test alone nor a file or folder"),
         (["encode", "{run}", "text.png"], r"text\.png: cannot identify"),
         (["encode", "{run}", "--data", "digits"], "--data=digits: .* trained on its own data"),
         (["encode", "nowhere"], "nowhere: no such file; shipped weights: mnist_static"),
@@ -156,6 +201,19 @@ class Evil:
         (["sample", "{run}", "-o", "fits.png"], "--output=fits.png: a file; pictures go into a folder"),
         (["reconstruct", "{run}", "fits.png"], "1 picture, at least 2"),
         (["evaluate", "{run}", "--samples", "0"], "samples=0: must be at least 1"),
+        (["compress", "{run}", "--samples", "0"], "samples=0: must be at least 1"),
+        (["compress", "{run}", "-o", "broken"], "--output=broken: a folder; a file"),
+        (["compress", "{run}", "test", "fits.png"], "test: neither train, validation, test alone"),
+        (["compress", "{run}", "floats.npy"], r"floats.npy: float64 \[2, 8, 8\]; integers 0 to 255 of \[N, 1, 8, 8\]"),
+        (["compress", "{run}", "seventeen.npy"], "images of values 0 to 17; the model is for 0 to 16"),
+        (["compress", "{run}", "two.npz"], "two.npz: .*images"),
+        (["compress", "{run}", "pickled.npy"], "pickled.npy: Object arrays cannot be loaded"),
+        (["compress", "{run}", "none.npy"], "no images to compress"),
+        (["decompress", "{run}", "text.png"], "text.png: no compressed images"),
+        (["decompress", "mnist_static", "digit.vlae"], "digit.vlae: made with model"),
+        (["decompress", "{run}", "digit.vlae", "--seed", "1"], "--seed=1: digit.vlae holds every pixel"),
+        (["decompress", "{run}", "digit.vlae", "-o", "broken"], "--output=broken: is there already"),
+        (["decompress", "{run}", "digit.vlae", "-o", "fits.png"], "--output=fits.png: is there already"),
         (["evaluate", "{run}", "--batch", "-1"], "batch=-1: must be at least 1"),
         (["evaluate", "{run}", "--split", "tset"], "split=tset: must be one of train, validation, test"),
     ],
@@ -163,6 +221,13 @@ class Evil:
 def test_one_line_says_what_is_wrong(run: Path, call: Vlae, arguments: list[str], found: str) -> None:
     Image.new("L", (7, 8)).save("small.png")
     Image.new("L", (8, 8)).save("fits.png")
+    np.save("floats.npy", np.zeros((2, 8, 8)))
+    np.save("none.npy", np.zeros((0, 8, 8), dtype=np.uint8))
+    np.save("seventeen.npy", np.arange(128).reshape(2, 1, 8, 8) % 18)
+    np.savez("two.npz", a=np.zeros(1), b=np.zeros(1))
+    np.save("pickled.npy", np.array([Evil()], dtype=object), allow_pickle=True)
+    model = vlae.load(run / "checkpoints" / "best.ckpt")
+    Path("digit.vlae").write_bytes(vlae.compress(model, digits(Path()).test.images[:1]))
     Path("text.png").write_text("no picture")
     for name in ("broken", "cut"):
         Path(name, "checkpoints").mkdir(parents=True)

@@ -74,38 +74,46 @@ def main() -> None:
     command.add_argument("--project", default="vlae")
     command.add_argument("-o", "--output", type=Path, metavar="FILE", default=Path("runs") / "dashboard.json")
     command.set_defaults(call=dashboard)
-    for name, text in (
-        ("evaluate", "log p(x) by importance sampling: a table, and evaluate.json"),
-        ("sample", "pictures of what a model makes up"),
-        ("reconstruct", "pictures and figures of what its codes keep of images"),
-        ("encode", "codes of images: codes.npz with mean, scale, rate and labels"),
-        ("export", "weights in half precision with a card and test figures"),
-    ):
-        command = commands.add_parser(name, help=text)
+
+    run, named, images, seeded = (argparse.ArgumentParser(add_help=False) for _ in range(4))
+    text = "a run's folder, a checkpoint in it, or shipped weights by name"
+    run.add_argument("model", metavar="RUN", help=text)
+    text = "a package besides vlae whose code the run may call; may be given again"
+    run.add_argument("--allow", metavar="PACKAGE", action="append", default=[], help=text)
+    text = "what shipped weights were trained on, if not what they are named after"
+    named.add_argument("--data", metavar="NAME", help=text)
+    text = "train, validation, test (default), or pictures of the model's size: files, folders, .npy, .npz"
+    images.add_argument("sources", nargs="*", default=["test"], metavar="IMAGES", help=text)
+    seeded.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+
+    def add(name: str, text: str, *parents: argparse.ArgumentParser, output: str = "") -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, parents=[run, *parents])
         command.set_defaults(call=trained)
-        command.add_argument(
-            "model", metavar="RUN", help="a run's folder, a checkpoint in it, or shipped weights by name"
-        )
-        text = "a package besides vlae whose code the run may call; may be given again"
-        command.add_argument("--allow", metavar="PACKAGE", action="append", default=[], help=text)
-        if name == "export":
-            command.add_argument("name", metavar="NAME", help="of weights/NAME.safetensors")
-            continue
-        if name in ("reconstruct", "encode"):
-            text = "train, validation, test (default), or a picture or folder of pictures of the model's size"
-            command.add_argument("source", nargs="?", default="test", metavar="IMAGES", help=text)
-        if name == "evaluate":
-            command.add_argument("--split", default="test", help="train, validation or test (default)")
-            command.add_argument("--samples", type=int, default=4096, help="codes an image (default 4096)")
-            command.add_argument("--batch", type=int, help="images x samples at once")
-        else:
-            text = "a file or folder" if name == "encode" else "a folder"
-            command.add_argument("-o", "--output", type=Path, help=f"{text} to write to, instead of beside the run")
-        if name != "sample":
-            text = "what shipped weights were trained on, if not what they are named after"
-            command.add_argument("--data", metavar="NAME", help=text)
-        if name in ("sample", "reconstruct"):
-            command.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+        if output:
+            command.add_argument("-o", "--output", type=Path, help=output)
+        return command
+
+    command = add("evaluate", "log p(x) by importance sampling: a table, and evaluate.json", named)
+    command.add_argument("--split", default="test", help="train, validation or test (default)")
+    command.add_argument("--samples", type=int, default=4096, help="codes an image (default 4096)")
+    command.add_argument("--batch", type=int, help="images x samples at once")
+    folder = "a folder to write to, instead of beside the run"
+    add("sample", "pictures of what a model makes up", seeded, output=folder)
+    text = "pictures and figures of what its codes keep of images"
+    add("reconstruct", text, images, named, seeded, output=folder)
+    text = "codes of images: codes.npz with mean, scale, rate and labels"
+    add("encode", text, images, named, output="a file or folder to write to, instead of beside the run")
+    text = "images as one file, about as long as -ELBO says, next to other formats"
+    command = add("compress", text, images, named, output="the file, instead of one beside the run")
+    command.add_argument("--lossy", action="store_true", help="codes alone, their texture to be drawn anew")
+    command.add_argument("--samples", type=int, default=16, help="codes an image, for the table (default 16)")
+    text = "an .npz, or a new folder for PNGs, instead of an .npz beside FILE"
+    command = add("decompress", "the images of a file that compress wrote with the same model", output=text)
+    command.add_argument("file", type=Path, metavar="FILE")
+    text = "draws the texture of a lossy file (default: the most likely)"
+    command.add_argument("--seed", type=int, help=text)
+    command = add("export", "weights in half precision with a card and test figures")
+    command.add_argument("name", metavar="NAME", help="of weights/NAME.safetensors")
     arguments, more = parser.parse_known_args()
     if more and not (hasattr(arguments, "overrides") and all("=" in text and text[0] != "-" for text in more)):
         parser.error(f"unknown: {' '.join(more)}")

@@ -25,13 +25,14 @@ class Codec:
     """Pushes a model's codes and pixels onto constriction's ANS stacks, `spacing` between the values of a code.
 
     Raises:
-        ValueError: for a prior with scales, as they make no bijection of a grid.
-        ImportError: without constriction.
+        ValueError: for a prior with scales, as they make no bijection of a grid, or without constriction.
     """
 
     def __init__(self, model: VLAE, spacing: float):
-        from constriction import stream  # an optional package
-
+        try:
+            from constriction import stream
+        except ImportError as error:
+            raise ValueError("files need constriction; install it, or vlae with its extra `compress`") from error
         if not isinstance(model.prior, AFPrior) or any(step.scale is not None for step in model.prior.steps):
             raise ValueError("model.prior.scale=true: compression needs a model trained with model.prior.scale=false")
         weight = next(model.decoder.parameters())

@@ -1,6 +1,7 @@
-"""What `python -m vlae` does with trained models: score, draw, encode, export."""
+"""What `python -m vlae` does with trained models: score, draw, encode, compress, export."""
 
 import json
+import math
 import os
 import shlex
 import sys
@@ -14,18 +15,22 @@ import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from rich.console import Console
+from rich.table import Table
 
+from vlae import compression as codec
 from vlae.codes import encode as codes_of
+from vlae.container import CodecError, unpack
 from vlae.dashboard import show
 from vlae.data import Images, generator, independent_pixels
 from vlae.datasets import SETS, Part, Splits
+from vlae.evaluation import CHUNK, estimates, refuse_other
 from vlae.evaluation import evaluate as score
-from vlae.evaluation import refuse_other
 from vlae.experiment import evaluated, images_for, kept, prepare, quiet
-from vlae.folder import alike
+from vlae.folder import alike, store
 from vlae.gallery import PICTURES, draw, plot
 from vlae.model import VLAE, load, save
 from vlae.records import commit, write
+from vlae.sizes import sizes
 
 
 def opened(run: str, data: str | None = None, allow: Sequence[str] = ()) -> tuple[VLAE, Images | None, Path]:
@@ -91,20 +96,21 @@ def evaluate(run: str, data: str | None, allow: Sequence[str], split: str, sampl
     score(model, images, split, samples, batch, folder, {"command": line()})
 
 
-def shown(model: VLAE, images: Images | None, run: str, source: str) -> Part:
-    """A split of the model's data set, or pictures of exactly the model's size, as a file or a folder of them.
+def shown(model: VLAE, images: Images | None, run: str, sources: Sequence[str]) -> Part:
+    """A split of the model's data set, or pictures of exactly the model's size: files, folders of them, arrays.
 
     Raises:
-        ValueError: if it is neither, or the pictures do not fit the model.
+        ValueError: if a source is none of these, or the pictures do not fit the model.
     """
-    if source not in Splits._fields[:3]:
+    if len(sources) == 1 and sources[0] in Splits._fields[:3]:
+        images = given(images, run)
+        refuse_other(model, images)
+        return images.part(sources[0])  # type: ignore[arg-type]
+    for source in sources:
         if not Path(source).exists():
             splits = ", ".join(Splits._fields[:3])
-            raise ValueError(f"{source}: neither {splits} nor a file or folder of pictures")
-        return Part(alike(Path(source), model.decoder.shape, model.likelihood.levels))
-    images = given(images, run)
-    refuse_other(model, images)
-    return images.part(source)  # type: ignore[arg-type]
+            raise ValueError(f"{source}: neither {splits} alone nor a file or folder of pictures")
+    return Part(alike([*map(Path, sources)], model.decoder.shape, model.likelihood.levels))
 
 
 def place(folder: Path, output: Path | None) -> Path:
@@ -123,12 +129,14 @@ def sample(run: str, allow: Sequence[str], seed: int, output: Path | None) -> No
     say(str(folder / "samples.png"))
 
 
-def reconstruct(run: str, data: str | None, allow: Sequence[str], source: str, seed: int, output: Path | None) -> None:
+def reconstruct(
+    run: str, data: str | None, allow: Sequence[str], sources: Sequence[str], seed: int, output: Path | None
+) -> None:
     """Draws, beside the run or in `output`, what codes keep of images, in every way of `vlae.gallery`."""
     model, images, folder = opened(run, data, allow)
-    part, folder = shown(model, images, run, source), place(folder, output)
+    part, folder = shown(model, images, run, sources), place(folder, output)
     if len(part.images) < 2:
-        raise ValueError(f"{source}: {len(part.images)} picture, at least 2 are needed")
+        raise ValueError(f"{sources[0]}: {len(part.images)} picture, at least 2 are needed")
     chosen = torch.randperm(len(part.images), generator=generator("shown", seed))[:1000]
     x = part.images[chosen].long().to(next(model.parameters()).device)
     model.encode(x[:1])  # refuses what does not fit before anything is drawn
@@ -140,7 +148,7 @@ def reconstruct(run: str, data: str | None, allow: Sequence[str], source: str, s
     say(", ".join(map(str, written)))
 
 
-def encode(run: str, data: str | None, allow: Sequence[str], source: str, output: Path | None) -> None:
+def encode(run: str, data: str | None, allow: Sequence[str], sources: Sequence[str], output: Path | None) -> None:
     """Writes codes.npz: arrays mean and scale [N D], rate [N] in nats, and labels [N] where there are any.
 
     Rates are by one draw of each code; of a split, by the draw that training and testing use.
@@ -148,8 +156,8 @@ def encode(run: str, data: str | None, allow: Sequence[str], source: str, output
     model, images, folder = opened(run, data, allow)
     path = output or folder
     path = path / "codes.npz" if path.suffix != ".npz" or path.is_dir() else path
-    part = shown(model, images, run, source)
-    key = ("eps", images.seed, source) if images and source in Splits._fields[:3] else ("eps", "pictures")
+    part = shown(model, images, run, sources)
+    key = ("eps", images.seed, sources[0]) if images and sources[0] in Splits._fields[:3] else ("eps", "pictures")
     noise = torch.randn(1, len(part.images), model.prior.code, generator=generator(*key))
     codes = codes_of(model, part.images, noise)
     if not all(tensor.isfinite().all() for tensor in codes):
@@ -162,6 +170,68 @@ def encode(run: str, data: str | None, allow: Sequence[str], source: str, output
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     os.replace(file.name, path)
     say(f"{path}: {len(part.images):,} codes of {model.prior.code} numbers, mean rate {codes.rate.mean():.3f} nats")
+
+
+def compress(
+    run: str,
+    data: str | None,
+    allow: Sequence[str],
+    sources: Sequence[str],
+    samples: int,
+    lossy: bool,
+    output: Path | None,
+) -> None:
+    """Images as one file, opened again before it counts, and a table of what they take here and in other formats."""
+    begun, (model, images, folder) = time.time(), opened(run, data, allow)
+    x, output = shown(model, images, run, sources).images, output or folder / f"{Path(sources[0]).stem}.vlae"
+    if samples < 1:
+        raise ValueError(f"samples={samples}: must be at least 1")
+    if output.is_dir():
+        raise ValueError(f"--output={output}: a folder; a file is needed")
+    device, model = next(model.parameters()).device, model.cpu()  # no two kinds of GPU compute alike
+    file = codec.compress(model, x, lossy)
+    again = codec.decompress(model, file)  # or the only copy might be one that nobody can open
+    wrong = (again != x).double().mean().item()
+    if wrong and not lossy:
+        raise FloatingPointError(f"{output}: not written, as it would not give the images back")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_name(output.name + ".part").write_bytes(file)
+    os.replace(output.with_name(output.name + ".part"), output)
+    taken = time.time() - begun
+    table = Table("", "bits/dim", "bytes", "", title_justify="left")
+
+    def row(name: str, bits: float | int, text: str) -> None:
+        table.add_row(name, f"{bits / x.numel():.4f}", f"{math.ceil(bits / 8):,}", text)
+
+    if lossy:
+        row(output.name, 8 * len(file), f"codes alone; {wrong:.2%} of the most likely values are not the image's")
+    else:
+        row(output.name, 8 * len(file), f"of them {unpack(file)[0].initial * 4:,} for the first codes")
+        found = estimates(model.to(device), x, ("compress",), samples, CHUNK[device.type])
+        row("-ELBO", (found.rate + found.distortion).sum().item() / math.log(2), f"mean of {samples} codes an image")
+        row("-log p(x)", -found.log_px.sum().item() / math.log(2), "at most, by importance of the same codes")
+    for name, size in sizes(x, model.likelihood.levels).items():
+        row(name, 8 * size, "the bare values" if name == "xz" else "one picture of all images")
+    Console().print(table)
+    say(f"{output}: {len(file):,} bytes for {len(x):,} images, opened again in {taken:.1f} s")
+
+
+def decompress(run: str, allow: Sequence[str], file: Path, seed: int | None, output: Path | None) -> None:
+    """The images of a file as .npz or a folder of PNGs; those of a lossy one drawn by a seed, or the most likely."""
+    model, _, _ = opened(run, None, allow)
+    model, packed = model.cpu(), file.read_bytes()
+    try:
+        lossy = unpack(packed)[0].kind == "lossy"
+        if seed is not None and not lossy:
+            raise ValueError(f"--seed={seed}: {file} holds every pixel, so that there is nothing to draw")
+        x = codec.decompress(model, packed)
+        if seed is not None:  # only now is it known that the file holds as many images as it says
+            x = codec.decompress(model, packed, torch.rand(x.shape, generator=generator("texture", seed)))
+    except CodecError as error:
+        raise CodecError(f"{file}: {error}") from error
+    output = output or file.with_suffix(".npz")
+    store(x, model.likelihood.levels, output)
+    say(f"{output}: {len(x):,} images, {'anew from their codes' if lossy else 'exactly those that were compressed'}")
 
 
 def say(line: str) -> None:

@@ -98,6 +98,64 @@ def heat_maps(x: Integer[Tensor, "N C H W"], bits: Float[Tensor, "N H W"], level
     figure.savefig(path, dpi=110)
 
 
+def where_bits_go(
+    sizes: list[int],
+    gains: Float[np.ndarray, "T 3"],
+    bounds: Float[np.ndarray, "T"],
+    initial: int,
+    files: dict[str, int],
+    path: Path,
+) -> None:
+    """A file of images by bits-back coding: what its bits are for, the stack as it grows, the bytes of other files.
+
+    Of each batch of `sizes` images: bits that the stack gains as codes are drawn (negative), pixels pushed and codes
+    pushed; -ELBO in bits. `initial` bits stood on the stack before. `files`: bytes by name, the first of this file.
+    Needs matplotlib.
+    """
+    from matplotlib.figure import Figure
+
+    count, ours = sum(sizes), next(iter(files))
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=[7, 5, 3])
+
+    back, pixels, code = gains.sum(0) / count
+    first, file, bound = initial / count, 8 * files[ours] / count, bounds.sum() / count
+    heights = np.array([pixels, code, back, first, file - first - gains.sum() / count, file])
+    bottoms = np.array([0, *heights[:4].cumsum(), 0])
+    words = {"pixels": r"$-\log_2\,p(x|z)$", "code": r"$-\log_2\,p(z)$", "got back": r"$+\log_2\,q(z|x)$"}
+    labels = [f"{name}\n{formula}" for name, formula in words.items()] + ["initial\nbits", "header", "file"]
+    left.bar(labels, heights, 0.8, bottoms, color=["C0", "C1", "C2", "0.6", "0.3", "k"])
+    for k, (bottom, height) in enumerate(zip(bottoms, heights, strict=True)):
+        inside = abs(height) > 0.1 * (pixels + code)
+        at, color = (bottom + height / 2, "w") if inside else (max(bottom, bottom + height, bound), "k")
+        left.text(k, at, f"{height:.1f}", ha="center", va="center" if inside else "bottom", color=color)
+    left.axhline(bound, color="C3", linestyle="--", label=f"-ELBO: {bound:.1f}")
+    left.text(2.6, 0.6 * (pixels + code), f"rate: code and got back,\n{code + back:.1f} together")
+    left.set(title=f"Bits of an image, mean of {count:,}", ylim=(0, 1.1 * (pixels + code)))
+    left.tick_params(axis="x", labelsize=8)
+
+    few = int(np.searchsorted(np.cumsum(sizes), 60)) + 1  # batches that one can still tell apart
+    ends = np.array([0, *np.cumsum(sizes)])[: few + 1]
+    bits = initial + np.array([0, *gains[:few].flatten().cumsum()])
+    images = np.interp(np.arange(len(bits)) / 3, np.arange(len(ends)), ends)
+    steps = [("codes drawn", "C2"), ("pixels pushed", "C0"), ("codes pushed", "C1")]
+    for k in range(len(bits) - 1):
+        label, color = steps[k % 3]
+        middle.plot(images[k : k + 2], bits[k : k + 2], color, label=label if k < 3 else None)
+    middle.plot(ends, initial + np.array([0, *bounds[:few].cumsum()]), "C3--", label="initial bits - ELBO")
+    middle.set(title="Bits on the stack, batch by batch", xlabel="images", ylim=(0, None))
+
+    names = sorted(files, key=lambda name: -files[name])
+    bars = right.barh(names, [files[name] for name in names], color=["k" if name == ours else "0.7" for name in names])
+    right.bar_label(bars, [f"{files[name]:,}" for name in names], padding=3)
+    right.margins(x=0.3)
+    right.set(title=f"Bytes of {count:,} images", xticks=[])
+    right.spines[["top", "right", "bottom"]].set_visible(False)
+    for axes in (left, middle):
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
 def noise_histogram(eps: Float[Tensor, "N D"], path: Path) -> None:
     """Noise that the prior finds for codes of images, next to N(0, 1). Needs matplotlib."""
     from matplotlib.figure import Figure

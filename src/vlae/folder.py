@@ -1,16 +1,18 @@
-"""A user's own folder of pictures as a data set."""
+"""A user's own pictures: a folder of them as a data set, and files of a model's images read and written."""
 
 import os
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from operator import itemgetter
 from pathlib import Path
 from typing import Literal
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Integer, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
@@ -110,17 +112,63 @@ def pictures(
         return list(tqdm(pool.map(one, files), "reading", len(files), unit="picture", delay=2, disable=None))
 
 
-def alike(source: Path, shape: tuple[int, int, int], levels: int) -> UInt8[Tensor, "N C H W"]:
-    """A picture, or a folder of them, of exactly the shape (C, H, W), their values merged into `levels`.
+def alike(sources: Sequence[Path], shape: tuple[int, int, int], levels: int) -> Integer[Tensor, "N C H W"]:
+    """Images of exactly the shape (C, H, W) from pictures, folders of them and arrays, in the order of the sources.
+
+    The values of a picture are merged into `levels`; those of an .npy or .npz (its array `images`, or its only one)
+    are integers, [N H W] or [N C H W], and stay as they are.
 
     Raises:
-        ValueError: names the first picture that has another size or cannot be read.
+        ValueError: names the first file that has another size or cannot be read.
     """
     channels, height, width = shape
-    files = [source] if source.is_file() else listed(source)
-    found = [picture(path, height, width, 1 if channels == 1 else 3, exact=True) for path in files]
-    x = np.stack([np.atleast_3d(one).transpose(2, 0, 1) for one in found])
-    return torch.from_numpy((x.astype(int) * levels // 256).astype(np.uint8))
+
+    def images(source: Path) -> Tensor:
+        if source.suffix in (".npy", ".npz"):
+            return array(source, shape)
+        files = [source] if source.is_file() else listed(source)
+        found = [picture(path, height, width, 1 if channels == 1 else 3, exact=True) for path in files]
+        x = np.stack([np.atleast_3d(one).transpose(2, 0, 1) for one in found])
+        return torch.from_numpy((x.astype(int) * levels // 256).astype(np.uint8))
+
+    return torch.cat([images(source) for source in sources])
+
+
+def array(path: Path, shape: tuple[int, int, int]) -> Integer[Tensor, "N C H W"]:
+    try:
+        found = np.load(path, allow_pickle=False)
+        if not isinstance(found, np.ndarray):
+            found = found["images" if "images" in found or len(found.files) != 1 else found.files[0]]
+        x = found[:, None] if found.ndim == 3 else found
+        if x.dtype.kind not in "iub" or x.shape[1:] != shape or x.min(initial=0) < 0 or x.max(initial=0) > 255:
+            raise ValueError(
+                f"{x.dtype} {list(found.shape)}; integers 0 to 255 of [N, {str([*shape])[1:-1]}] are wanted"
+            )
+    except (ValueError, LookupError, EOFError, BadZipFile) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return torch.from_numpy(x.astype(np.uint8))
+
+
+def store(x: UInt8[Tensor, "N C H W"], levels: int, output: Path) -> None:
+    """Writes images so that `alike` reads them back: an .npz with the array `images`, or a new folder of PNG files.
+
+    Raises:
+        ValueError: for a folder that holds something, or images that a PNG cannot hold.
+    """
+    if output.suffix == ".npz":
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.with_name(output.name + ".part").open("wb") as file:
+            np.savez_compressed(file, images=x.numpy())
+        os.replace(file.name, output)
+        return
+    if x.shape[1] not in (1, 3):
+        raise ValueError(f"--output={output}: pictures are grey or colour, and these have {x.shape[1]} channels; .npz")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output={output}: is there already; an .npz or a new folder is needed")
+    output.mkdir(parents=True, exist_ok=True)
+    shades = -(-255 * x.long() // (levels - 1))  # rounded up, or some would be read back as the level below
+    for number, image in enumerate(shades.to(torch.uint8).movedim(1, 3).numpy()):
+        Image.fromarray(image.squeeze(2) if x.shape[1] == 1 else image).save(output / f"{number:05}.png")
 
 
 def drawn(equal: list[str], validation: float, test: float, seed: int) -> np.ndarray:
