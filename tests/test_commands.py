@@ -19,6 +19,7 @@ from tiny import tiny
 
 import vlae
 from vlae.codes import encode, linear_probe
+from vlae.container import unpack
 from vlae.data import generator
 from vlae.datasets import digits
 from vlae.figures import captioned, grid
@@ -135,7 +136,7 @@ def test_compress_and_decompress(run: Path, call: Vlae) -> None:
     assert f"{len(data):,} bytes for {len(x):,} images" in out
     for line in ("test.vlae", "-ELBO", "-log p(x)", "PNG", "WebP", "xz"):
         assert line in out
-    shown = float(re.search(r"test\.vlae │ ([\d.]+)", out)[1])  # type: ignore[index]
+    shown = float(re.search(r"test\.vlae +│ ([\d.]+)", out)[1])  # type: ignore[index]
     assert shown == pytest.approx(8 * len(data) / x.numel(), abs=1e-4)
     call("decompress", str(run), "new/test.vlae")
     assert np.array_equal(np.load("new/test.npz")["images"], x)
@@ -143,6 +144,10 @@ def test_compress_and_decompress(run: Path, call: Vlae) -> None:
     call("compress", str(run), "pictures", "-o", "again.vlae", "--samples", "1")
     call("compress", str(run), "new/test.npz", "-o", "third.vlae", "--samples", "1")
     assert Path("again.vlae").read_bytes() == Path("third.vlae").read_bytes() == data
+    call("compress", str(run), "pictures", "-o", "portable.vlae", "--samples", "1", "--portable")
+    assert unpack(Path("portable.vlae").read_bytes())[0].floats == "float64"
+    call("decompress", str(run), "portable.vlae")
+    assert np.array_equal(np.load("portable.npz")["images"], x)
     call("compress", str(run), "pictures/00001.png", "pictures/00000.png", "-o", "two.vlae", "--samples", "1")
     call("decompress", str(run), "two.vlae")
     assert np.array_equal(np.load("two.npz")["images"], x[[1, 0]])

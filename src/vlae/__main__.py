@@ -106,6 +106,8 @@ def main() -> None:
     text = "images as one file, about as long as -ELBO says, next to other formats"
     command = add("compress", text, images, named, output="the file, instead of one beside the run")
     command.add_argument("--lossy", action="store_true", help="codes alone, their texture to be drawn anew")
+    text = "computed in float64, slower, so that other kinds of processors open it too"
+    command.add_argument("--portable", action="store_true", help=text)
     command.add_argument("--samples", type=int, default=16, help="codes an image, for the table (default 16)")
     text = "an .npz, or a new folder for PNGs, instead of an .npz beside FILE"
     command = add("decompress", "the images of a file that compress wrote with the same model", output=text)

@@ -25,7 +25,8 @@ class Codec:
     """Pushes a model's codes and pixels onto constriction's ANS stacks, `spacing` between the values of a code.
 
     Raises:
-        ValueError: for a prior with scales, as they make no bijection of a grid, or without constriction.
+        ValueError: for a prior with scales, as they make no bijection of a grid, for weights in half precision, or
+            without constriction.
     """
 
     def __init__(self, model: VLAE, spacing: float):
@@ -36,6 +37,8 @@ class Codec:
         if not isinstance(model.prior, AFPrior) or any(step.scale is not None for step in model.prior.steps):
             raise ValueError("model.prior.scale=true: compression needs a model trained with model.prior.scale=false")
         weight = next(model.decoder.parameters())
+        if weight.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"weights in {weight.dtype}: compression needs a model in float32 or float64")
         self.model, self.device, self.dtype = model, weight.device, weight.dtype
         self.spacing, self.reach = spacing, int(REACH / spacing)
         self.stack, self.gaussian = stream.stack.AnsCoder, stream.model.QuantizedGaussian
@@ -62,6 +65,8 @@ class Codec:
         """`prior.forward` on the grid."""
         for n, step in enumerate(self.model.prior.steps):
             k = self.turned(step, k.flip(1) if n else k, -1)
+        if not k.isfinite().all():
+            raise FloatingPointError("the model's prior is not finite")
         return k
 
     def code(self, eps: Float64[Tensor, "B D"]) -> Float64[Tensor, "B D"]:
@@ -85,16 +90,16 @@ class Codec:
         """
         q = self.model.encode(x)
         if not all(part.isfinite().all() for part in q):
-            raise FloatingPointError("the model gives codes that are not finite")
+            raise FloatingPointError("the model's codes are not finite")
         mean, scale = (part.double() / self.spacing for part in (q.mean, q.log_scale.exp()))
         # a table gives every value at least 2^-24: were it as wide as the ring, codes would be drawn from far out
         reach = int((TAILS * scale).ceil().clamp(1, self.reach - 1).max()) if scale.numel() else 1
         off, scale = ((part.cpu().numpy().ravel()) for part in (mean - mean.round(), scale))
-        return mean.round(), [self.gaussian(-reach, reach), off, scale]
+        return self.wrap(mean.round()), [self.gaussian(-reach, reach), off, scale]
 
     def nearest(self, x: Integer[Tensor, "B C H W"]) -> Float64[Tensor, "B D"]:
         """The code of x that is next to the mean."""
-        return self.posterior(x)[0].clip(-self.reach, self.reach - 1)
+        return self.posterior(x)[0]
 
     def draw(self, stack: Any, x: Integer[Tensor, "B C H W"]) -> Float64[Tensor, "B D"]:
         """A code of x drawn by the bits on the stack, which `give_back` puts there again."""
@@ -116,7 +121,10 @@ class Codec:
         return self.code(self.grid(stack.decode(self.standard, batch * self.model.prior.code), batch))
 
     def table(self, params: Float[Tensor, "B P n"], x: Integer[Tensor, "B c n"]) -> Float64[np.ndarray, "m V"]:
-        probabilities = self.model.likelihood.pmf(params, x).movedim(1, 2).flatten(0, 1)
+        few = zip(params.split(64, 2), x.split(64, 2), strict=True)  # a whole image of colours takes gigabytes
+        probabilities = torch.cat([self.model.likelihood.pmf(*each) for each in few], 2).movedim(1, 2).flatten(0, 1)
+        if not probabilities.isfinite().all():
+            raise FloatingPointError("the model's probabilities of pixels are not finite")
         return probabilities.double().contiguous().cpu().numpy()  # constriction misreads other strides
 
     def push_pixels(self, stack: Any, k: Float64[Tensor, "B D"], x: Integer[Tensor, "B C H W"]) -> None:

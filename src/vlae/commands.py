@@ -179,16 +179,21 @@ def compress(
     sources: Sequence[str],
     samples: int,
     lossy: bool,
+    portable: bool,
     output: Path | None,
 ) -> None:
-    """Images as one file, opened again before it counts, and a table of what they take here and in other formats."""
+    """Images as one file, opened again before it counts, and a table of what they take here and in other formats.
+
+    `portable` computes in float64, whose last bits, where processors differ, next to never decide a symbol.
+    """
     begun, (model, images, folder) = time.time(), opened(run, data, allow)
     x, output = shown(model, images, run, sources).images, output or folder / f"{Path(sources[0]).stem}.vlae"
     if samples < 1:
         raise ValueError(f"samples={samples}: must be at least 1")
     if output.is_dir():
         raise ValueError(f"--output={output}: a folder; a file is needed")
-    device, model = next(model.parameters()).device, model.cpu()  # no two kinds of GPU compute alike
+    device = next(model.parameters()).device
+    model.cpu().to(torch.float64 if portable else torch.float32)  # no two kinds of GPU compute alike
     file = codec.compress(model, x, lossy)
     again = codec.decompress(model, file)  # or the only copy might be one that nobody can open
     wrong = (again != x).double().mean().item()
@@ -207,7 +212,7 @@ def compress(
         row(output.name, 8 * len(file), f"codes alone; {wrong:.2%} of the most likely values are not the image's")
     else:
         row(output.name, 8 * len(file), f"of them {unpack(file)[0].initial * 4:,} for the first codes")
-        found = estimates(model.to(device), x, ("compress",), samples, CHUNK[device.type])
+        found = estimates(model.to(device, torch.float32), x, ("compress",), samples, CHUNK[device.type])
         row("-ELBO", (found.rate + found.distortion).sum().item() / math.log(2), f"mean of {samples} codes an image")
         row("-log p(x)", -found.log_px.sum().item() / math.log(2), "at most, by importance of the same codes")
     for name, size in sizes(x, model.likelihood.levels).items():
@@ -219,9 +224,10 @@ def compress(
 def decompress(run: str, allow: Sequence[str], file: Path, seed: int | None, output: Path | None) -> None:
     """The images of a file as .npz or a folder of PNGs; those of a lossy one drawn by a seed, or the most likely."""
     model, _, _ = opened(run, None, allow)
-    model, packed = model.cpu(), file.read_bytes()
+    packed = file.read_bytes()
     try:
-        lossy = unpack(packed)[0].kind == "lossy"
+        about, _ = unpack(packed)
+        model, lossy = model.to("cpu", getattr(torch, about.floats)), about.kind == "lossy"
         if seed is not None and not lossy:
             raise ValueError(f"--seed={seed}: {file} holds every pixel, so that there is nothing to draw")
         x = codec.decompress(model, packed)

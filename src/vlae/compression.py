@@ -56,6 +56,11 @@ def progress(batches: Iterable[int], what: str, images: int, total: int | None =
     return track(batches, what, total, console=Console(stderr=True), disable=images <= BATCH)
 
 
+def least(images: int) -> int:
+    """Bytes that so many images take at least, a byte each in whole words."""
+    return 4 * -(-images // 4)
+
+
 @contextmanager
 def alike() -> Iterator[None]:
     """What would make floats differ between two runs on one machine is switched off."""
@@ -136,7 +141,7 @@ def encoded(model: VLAE, x: Integer[Tensor, "N C H W"], kind: str) -> bytes:
     device, backed, start, codes = next(model.parameters()).device, kind == "bits-back", 0, []
     spacing = FINE if backed else shortest(model, own(x[:BATCH], device))
     about, codec = header(model, kind, spacing, len(x)), Codec(model, 2.0**spacing)
-    words = seed(BATCH * (1 + model.prior.code) + len(x) // 32 if backed else 0)
+    words = seed(BATCH * (1 + model.prior.code) + len(x) if backed else 0)
     stack, untouched = codec.stack(words), len(words)
     small, full = layout(len(x))
     for size in progress([*small, *[BATCH] * full], "compress", len(x)):
@@ -148,11 +153,11 @@ def encoded(model: VLAE, x: Integer[Tensor, "N C H W"], kind: str) -> bytes:
         codec.push_code(stack, k)
         codes.append(symbols(k))
         start += size
-    packed = stack.get_compressed()
-    untouched = min(untouched, len(packed) - len(x) // 32) if backed else 0  # at least one bit an image: see below
+    packed = stack.get_compressed()[untouched:].astype("<u4").tobytes()
+    packed = packed.ljust(least(len(x)), b"\0")
     content = np.concatenate(codes) if kind == "lossy" else x.cpu().numpy().astype(np.uint8)
     about = about._replace(initial=len(words) - untouched, content=zlib.crc32(content.tobytes()))
-    return pack(about, packed[untouched:].astype("<u4").tobytes())
+    return pack(about, packed)
 
 
 def decompress(model: VLAE, data: bytes, uniform: Float[Tensor, "N C H W"] | None = None) -> UInt8[Tensor, "N C H W"]:
@@ -164,15 +169,16 @@ def decompress(model: VLAE, data: bytes, uniform: Float[Tensor, "N C H W"] | Non
     """
     about, payload = unpack(data)
     lossy, backed = about.kind == "lossy", about.kind == "bits-back"
-    if not about.images or about.spacing not in SPACINGS or len(payload) % 4 or payload[-4:] == bytes(4):
-        raise CodecError("damaged: no images in it")
-    # what comes back might feed a false count for ever
-    if about.images > {"bits-back": 8 * len(payload) + 31, "two-part": BATCH}.get(about.kind, about.images):
-        raise CodecError("damaged: fewer images than it says")
+    if about.spacing not in SPACINGS or len(payload) % 4:
+        raise CodecError(f"damaged: codes at 2^{about.spacing} in {len(payload)} bytes")
+    words = np.trim_zeros(np.frombuffer(payload, "<u4").astype(np.uint32), "b")
+    most = BATCH if about.kind == "two-part" else len(payload)  # or a false count would go on for ever
+    if not 1 <= about.images <= most or len(payload) != max(4 * len(words), least(about.images)):
+        raise CodecError(f"damaged: {about.images} images in {len(payload)} bytes")
     if uniform is not None and uniform.shape != (about.images, *model.decoder.shape):
         raise ValueError(f"uniform of shape {tuple(uniform.shape)} for {about.images} of {tuple(model.decoder.shape)}")
     codec = Codec(model, 2.0**about.spacing)
-    stack = codec.stack(np.frombuffer(payload, "<u4").astype(np.uint32))
+    stack = codec.stack(words)
     small, full = layout(about.images)
     left, parts, codes = about.images, [], []
     with alike():
@@ -184,19 +190,21 @@ def decompress(model: VLAE, data: bytes, uniform: Float[Tensor, "N C H W"] | Non
                 raise CodecError(f"made with {name} {theirs}, which is {ours} here (the file: by {made})")
         sizes = chain(repeat(BATCH, full), reversed(small))  # last in, first out
         for size in progress(sizes, "decompress", about.images, full + len(small)):
-            before, left = stack.pos(), left - size
-            k = codec.pop_code(stack, size)
-            if not lossy:
-                part = codec.pop_pixels(stack, k)
-            elif uniform is None:
-                part = codec.likely_pixels(k)
-            else:
-                part = decode(model, codec.z(k), uniform[left : left + size].to(codec.device))
-            # two words are always left below the images; without them, a stack that has run out stays as it is
-            if (backed and stack.num_words() < 2) or (lossy and left and stack.pos() == before):
-                raise CodecError("damaged: fewer images than it says")
-            if backed:
-                codec.give_back(stack, k, part)
+            left -= size
+            try:
+                k = codec.pop_code(stack, size)
+                if not lossy:
+                    part = codec.pop_pixels(stack, k)
+                elif uniform is None:
+                    part = codec.likely_pixels(k)
+                else:
+                    part = decode(model, codec.z(k), uniform[left : left + size].to(codec.device))
+                if backed:
+                    if stack.num_words() < 2:  # `encoded` left as many below the images
+                        raise CodecError("damaged: fewer images than it says")
+                    codec.give_back(stack, k, part)
+            except FloatingPointError as error:
+                raise CodecError(f"damaged: {error}") from error
             codes.append(symbols(k))
             parts.append(part.to(torch.uint8).cpu())
     x = torch.cat(parts[::-1])

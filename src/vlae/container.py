@@ -7,7 +7,7 @@ from typing import NamedTuple
 MAGIC = b"VLA\x01"  # the last byte is the version
 NUMBERS = struct.Struct("<BBbBBIHII")
 KINDS = ("bits-back", "two-part", "lossy")
-FLOATS = ("float32", "float64", "bfloat16", "float16")
+FLOATS = ("float32", "float64")
 START = len(MAGIC) + 4 + NUMBERS.size + 8
 
 
