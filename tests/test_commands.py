@@ -155,17 +155,16 @@ def test_compress_and_decompress(run: Path, call: Vlae) -> None:
 
 
 def test_compress_codes_alone(run: Path, call: Vlae) -> None:
-    out = call("compress", str(run), "train", "--lossy", "-o", "codes.vlae")
-    call("decompress", str(run), "codes.vlae", "-o", "likely.npz")
-    likely, found = np.load("likely.npz")["images"], []
-    wrong = float((likely != digits(Path()).train.images.numpy()).mean())
-    assert f"{wrong:.2%} of the most likely values" in out
-    for seed in ("3", "3", "4"):
-        call("decompress", str(run), "codes.vlae", "--seed", seed)
+    out = call("compress", str(run), "test", "--lossy", "2", "-o", "codes.vlae")
+    x, found = digits(Path()).test.images, []
+    assert Path("codes.vlae").stat().st_size == 35 + 2 * len(x)
+    for more in (["--likely"], [], ["--seed", "0"], ["--seed", "4"]):
+        call("decompress", str(run), "codes.vlae", *more)
         found.append(np.load("codes.npz")["images"])
-    assert np.array_equal(found[0], found[1])
-    assert not np.array_equal(found[0], found[2])
-    assert likely.shape == found[0].shape
+    assert f"{float((found[0] != x.numpy()).mean()):.2%} of the most likely values" in out
+    assert np.array_equal(found[1], found[2])
+    assert not np.array_equal(found[2], found[3])
+    assert found[0].shape == found[3].shape == x.shape
 
 
 @pytest.mark.parametrize("levels", range(2, 257))
@@ -216,7 +215,8 @@ class Evil:
         (["compress", "{run}", "none.npy"], "no images to compress"),
         (["decompress", "{run}", "text.png"], "text.png: no compressed images"),
         (["decompress", "mnist_static", "digit.vlae"], "digit.vlae: made with model"),
-        (["decompress", "{run}", "digit.vlae", "--seed", "1"], "--seed=1: digit.vlae holds every pixel"),
+        (["decompress", "{run}", "digit.vlae", "--likely"], "--likely: digit.vlae holds every pixel"),
+        (["compress", "{run}", "--lossy", "-2"], "lossy=-2 with model.code=3: 1 to 255 bytes"),
         (["decompress", "{run}", "digit.vlae", "-o", "broken"], "--output=broken: is there already"),
         (["decompress", "{run}", "digit.vlae", "-o", "fits.png"], "--output=fits.png: is there already"),
         (["evaluate", "{run}", "--batch", "-1"], "batch=-1: must be at least 1"),

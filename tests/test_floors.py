@@ -14,7 +14,7 @@ FLOORS = [
     ["likelihoods", "encoder", "prior", "decoder", "datasets"],
     ["model", "data", "folder"],
     ["objective", "sampling", "evaluation", "codes"],
-    ["figures", "sweeps", "codec"],
+    ["figures", "sweeps", "codec", "lossy"],
     ["compression", "training", "gallery", "tracking", "media", "charts", "keeping"],
     ["dashboard", "workspace", "report"],
     ["experiment", "launch"],

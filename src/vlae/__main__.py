@@ -105,15 +105,16 @@ def main() -> None:
     add("encode", text, images, named, output="a file or folder to write to, instead of beside the run")
     text = "images as one file, about as long as -ELBO says, next to other formats"
     command = add("compress", text, images, named, output="the file, instead of one beside the run")
-    command.add_argument("--lossy", action="store_true", help="codes alone, their texture to be drawn anew")
+    text = "so many an image, for its code alone: the texture is drawn anew"
+    command.add_argument("--lossy", type=int, default=0, metavar="BYTES", help=text)
     text = "computed in float64, slower, so that other kinds of processors open it too"
     command.add_argument("--portable", action="store_true", help=text)
     command.add_argument("--samples", type=int, default=16, help="codes an image, for the table (default 16)")
     text = "an .npz, or a new folder for PNGs, instead of an .npz beside FILE"
-    command = add("decompress", "the images of a file that compress wrote with the same model", output=text)
+    command = add("decompress", "the images of a file that compress wrote with the same model", seeded, output=text)
     command.add_argument("file", type=Path, metavar="FILE")
-    text = "draws the texture of a lossy file (default: the most likely)"
-    command.add_argument("--seed", type=int, help=text)
+    text = "of a lossy file, the most likely pixels one by one instead of drawn ones"
+    command.add_argument("--likely", action="store_true", help=text)
     command = add("export", "weights in half precision with a card and test figures")
     command.add_argument("name", metavar="NAME", help="of weights/NAME.safetensors")
     arguments, more = parser.parse_known_args()

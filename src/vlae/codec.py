@@ -25,8 +25,7 @@ class Codec:
     """Pushes a model's codes and pixels onto constriction's ANS stacks, `spacing` between the values of a code.
 
     Raises:
-        ValueError: for a prior with scales, as they make no bijection of a grid, for weights in half precision, or
-            without constriction.
+        ValueError: for a prior with scales, as they make no bijection of a grid, or without constriction.
     """
 
     def __init__(self, model: VLAE, spacing: float):
@@ -37,8 +36,6 @@ class Codec:
         if not isinstance(model.prior, AFPrior) or any(step.scale is not None for step in model.prior.steps):
             raise ValueError("model.prior.scale=true: compression needs a model trained with model.prior.scale=false")
         weight = next(model.decoder.parameters())
-        if weight.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"weights in {weight.dtype}: compression needs a model in float32 or float64")
         self.model, self.device, self.dtype = model, weight.device, weight.dtype
         self.spacing, self.reach = spacing, int(REACH / spacing)
         self.stack, self.gaussian = stream.stack.AnsCoder, stream.model.QuantizedGaussian
@@ -142,21 +139,14 @@ class Codec:
                 stack.encode_reverse(symbols(values[:, c]), self.values, table)
 
     def pop_pixels(self, stack: Any, k: Float64[Tensor, "B D"]) -> Int[Tensor, "B C H W"]:
-        return self.fill(k, lambda table: stack.decode(self.values, table))
-
-    def likely_pixels(self, k: Float64[Tensor, "B D"]) -> Int[Tensor, "B C H W"]:
-        """Each value the most likely after those before it."""
-        return self.fill(k, lambda table: table.argmax(1))
-
-    def fill(self, k: Float64[Tensor, "B D"], pick: Any) -> Int[Tensor, "B C H W"]:
-        def choose(params: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        def pop(params: Tensor, i: Tensor, j: Tensor) -> Tensor:
             values = i.new_empty(len(k), 0, len(i))
             for _ in range(self.model.likelihood.channels):
-                picked = torch.from_numpy(pick(self.table(params, values))).to(values)
-                values = torch.cat([values, picked.view(len(k), 1, -1)], 1)
+                popped = torch.from_numpy(stack.decode(self.values, self.table(params, values))).to(values)
+                values = torch.cat([values, popped.view(len(k), 1, -1)], 1)
             return values
 
-        return scan(self.model, self.model.decoder.features(self.z(k)), choose, len(k))
+        return scan(self.model, self.model.decoder.features(self.z(k)), pop, len(k))
 
 
 def symbols(k: Tensor) -> np.ndarray:

@@ -178,7 +178,7 @@ def compress(
     allow: Sequence[str],
     sources: Sequence[str],
     samples: int,
-    lossy: bool,
+    lossy: int,
     portable: bool,
     output: Path | None,
 ) -> None:
@@ -209,7 +209,8 @@ def compress(
         table.add_row(name, f"{bits / x.numel():.4f}", f"{math.ceil(bits / 8):,}", text)
 
     if lossy:
-        row(output.name, 8 * len(file), f"codes alone; {wrong:.2%} of the most likely values are not the image's")
+        text = f"{lossy} an image, for its code; {wrong:.2%} of the most likely values are not the image's"
+        row(output.name, 8 * len(file), text)
     else:
         row(output.name, 8 * len(file), f"of them {unpack(file)[0].initial * 4:,} for the first codes")
         found = estimates(model.to(device, torch.float32), x, ("compress",), samples, CHUNK[device.type])
@@ -221,21 +222,20 @@ def compress(
     say(f"{output}: {len(file):,} bytes for {len(x):,} images, opened again in {taken:.1f} s")
 
 
-def decompress(run: str, allow: Sequence[str], file: Path, seed: int | None, output: Path | None) -> None:
-    """The images of a file as .npz or a folder of PNGs; those of a lossy one drawn by a seed, or the most likely."""
+def decompress(run: str, allow: Sequence[str], file: Path, seed: int, likely: bool, output: Path | None) -> None:
+    """The images of a file as .npz or a folder of PNGs; of a lossy one drawn by a seed, or the most likely."""
     model, _, _ = opened(run, None, allow)
-    packed = file.read_bytes()
+    packed, output = file.read_bytes(), output or file.with_suffix(".npz")
     try:
         about, _ = unpack(packed)
-        model, lossy = model.to("cpu", getattr(torch, about.floats)), about.kind == "lossy"
-        if seed is not None and not lossy:
-            raise ValueError(f"--seed={seed}: {file} holds every pixel, so that there is nothing to draw")
-        x = codec.decompress(model, packed)
-        if seed is not None:  # only now is it known that the file holds as many images as it says
-            x = codec.decompress(model, packed, torch.rand(x.shape, generator=generator("texture", seed)))
+        lossy = about.kind == "lossy"
+        if likely and not lossy:
+            raise ValueError(f"--likely: {file} holds every pixel, so that there is nothing to choose")
+        shape = (about.images if lossy and not likely else 0, *model.decoder.shape)
+        uniform = torch.rand(shape, generator=generator("texture", seed))
+        x = codec.decompress(model.to("cpu", getattr(torch, about.floats)), packed, uniform if len(uniform) else None)
     except CodecError as error:
         raise CodecError(f"{file}: {error}") from error
-    output = output or file.with_suffix(".npz")
     store(x, model.likelihood.levels, output)
     say(f"{output}: {len(x):,} images, {'anew from their codes' if lossy else 'exactly those that were compressed'}")
 

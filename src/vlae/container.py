@@ -16,11 +16,11 @@ class CodecError(ValueError):
 
 
 class Header(NamedTuple):
-    """What a file says of itself, in its first 35 bytes.
+    """What a file says of itself, in its first 35 bytes; a lossy one has zeros where it says nothing.
 
     Codes are multiples of 2^`spacing`; batches of at most `batch` images were computed in `floats` by `threads`
     threads. `initial` 32-bit words stood on the stack before the first image. `fingerprint` is a checksum of what the
-    model makes of fixed images, `content` of what decoding gives; `model` is a digest of the weights.
+    model makes of fixed images, `content` of what decoding gives (codes or images); `model` is a digest of the weights.
     """
 
     kind: str
@@ -61,4 +61,7 @@ def unpack(data: bytes) -> tuple[Header, bytes]:
     model, versions = data[START - 8 : START - 4].hex(), data[START - 4 : START]
     torch, constriction = (f"{versions[at]}.{versions[at + 1]}" for at in (0, 2))
     fields = KINDS[kind], FLOATS[floats], *numbers, model, torch, constriction
-    return Header(*fields), data[START:]
+    header, payload = Header(*fields), data[START:]
+    if not 1 <= header.images <= len(payload):  # each takes a byte at least, so that a false count does no harm
+        raise CodecError(f"damaged: {header.images} images in {len(payload)} bytes")
+    return header, payload
