@@ -88,16 +88,23 @@ class LogisticMixture(Likelihood):
         means = torch.linspace(-1, 1, components) if components > 1 else torch.zeros(1)
         self.register_buffer("spread", means, persistent=False)
 
-    def log_mass(
-        self, params: Float[Tensor, "B k M *n"], x: Integer[Tensor, "B c *m"], value: Integer[Tensor, "..."]
-    ) -> Float[Tensor, "B M ..."]:
-        """log P(value of channel c) of each component, given the earlier channels; `value` broadcasts to [B, M, *n]."""
+    def logistics(
+        self, params: Float[Tensor, "B k M *n"], x: Integer[Tensor, "B c *m"]
+    ) -> tuple[Float[Tensor, "B M *n"], Float[Tensor, "B M *n"]]:
+        """Mean and log-scale of each component for channel c, given the earlier channels."""
         c, half = x.shape[1], 1 / (self.levels - 1)
         _, means, log_scales, coefficients = params.split(self.sizes, 1)
         mean = means[:, c] + self.spread.to(params).view(-1, *[1] * (params.ndim - 3))
         for j in range(c):
             mean = mean + coefficients[:, c * (c - 1) // 2 + j].tanh() * (2 * half * x[:, j : j + 1].to(params) - 1)
-        log_scale = log_scales[:, c].clamp(-7, 7)
+        return mean, log_scales[:, c].clamp(-7, 7)
+
+    def log_mass(
+        self, params: Float[Tensor, "B k M *n"], x: Integer[Tensor, "B c *n"], value: Integer[Tensor, "B 1 *n"]
+    ) -> Float[Tensor, "B M *n"]:
+        """log P(value of channel c) of each component, given the earlier channels."""
+        half = 1 / (self.levels - 1)
+        mean, log_scale = self.logistics(params, x)
         u = 2 * half * value.to(params) - 1
         hi, lo = (u + half - mean) * torch.exp(-log_scale), (u - half - mean) * torch.exp(-log_scale)
         # log(sigmoid(hi) - sigmoid(lo)); width is the bin's own, as hi - lo would cancel in float32
@@ -118,7 +125,14 @@ class LogisticMixture(Likelihood):
         return self.components(full(params).unflatten(1, (sum(self.sizes), -1)), x).logsumexp(1)
 
     def pmf(self, params: Float[Tensor, "B P *n"], x: Integer[Tensor, "B c *n"]) -> Float[Tensor, "B V *n"]:
-        split = full(params).unflatten(1, (sum(self.sizes), -1))
-        values = torch.arange(self.levels, device=params.device).view(-1, *[1] * (params.ndim - 2))
-        weights = self.components(split, x).log_softmax(1)
-        return (weights[:, :, None] + self.log_mass(split[:, :, :, None], x[:, :, None], values)).logsumexp(1).exp()
+        """As `log_mass`, but of all values; no logarithms, and one component after the other: several times faster."""
+        split, half = full(params).unflatten(1, (sum(self.sizes), -1)), 1 / (self.levels - 1)
+        edges = 2 * half * torch.arange(self.levels - 1, dtype=split.dtype, device=split.device) + half - 1
+        total = split.new_zeros(len(split), self.levels, *params.shape[2:])
+        each = self.components(split, x).softmax(1), *self.logistics(split, x)
+        for weight, mean, log_scale in zip(*(part.split(1, 1) for part in each), strict=True):  # [B, 1, *n]
+            edge = (edges.view(-1, *[1] * (params.ndim - 2)) - mean) * torch.exp(-log_scale)
+            below, above = edge.sigmoid(), (-edge).sigmoid()
+            inner = below[:, 1:] * above[:, :-1] * -torch.expm1(-2 * half * torch.exp(-log_scale))
+            total += weight * torch.cat([below[:, :1], inner, above[:, -1:]], 1)
+        return total
