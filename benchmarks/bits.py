@@ -32,13 +32,12 @@ from vlae.sizes import sizes
 CODES = 16
 
 
-def steps(model: VLAE, x: torch.Tensor, payload: bytes) -> np.ndarray:
+def steps(model: VLAE, batches: tuple[torch.Tensor, ...], payload: bytes) -> np.ndarray:
     """Bits that codes drawn, pixels and codes put on the stack, a row a batch; AssertionError if another file comes."""
     codec = Codec(model, 2.0**FINE)
-    stack, gains = codec.stack(seed(BATCH * (1 + model.prior.code) + len(x))), []
-    small, full = layout(len(x))
+    stack, gains = codec.stack(seed(BATCH * (1 + model.prior.code) + sum(map(len, batches)))), []
     with alike():
-        for part in x.split([*small, *[BATCH] * full]):
+        for part in batches:
             bits = [stack.num_valid_bits()]
             k = codec.draw(stack, part)
             bits.append(stack.num_valid_bits())
@@ -52,15 +51,17 @@ def steps(model: VLAE, x: torch.Tensor, payload: bytes) -> np.ndarray:
 
 
 @torch.no_grad()
-def bounds(model: VLAE, x: torch.Tensor, key: int) -> np.ndarray:
+def bounds(model: VLAE, batches: tuple[torch.Tensor, ...], key: int) -> np.ndarray:
     """-ELBO of each batch in bits."""
-    small, full = layout(len(x))
-    nats = torch.zeros(len(x), dtype=torch.float64)
-    for n in range(CODES):
-        eps = torch.randn(len(x), model.prior.code, generator=generator("bits", key, n))
-        parts = zip(x.split(BATCH), eps.split(BATCH), strict=True)
-        nats -= torch.cat([model(*part).elbo for part in parts]).double() / CODES
-    return np.array([part.sum() / math.log(2) for part in nats.split([*small, *[BATCH] * full])])
+    noise = generator("bits", key)
+    nats = [
+        sum(
+            model(part, torch.randn(len(part), model.prior.code, generator=noise)).elbo.double().sum().item()
+            for _ in range(CODES)
+        )
+        for part in batches
+    ]
+    return -np.array(nats) / CODES / math.log(2)
 
 
 def main() -> None:
@@ -80,7 +81,10 @@ def main() -> None:
     model = vlae.load(arguments.weights)
     file = compress(model, x)
     about, payload = unpack(file)
-    gains, nelbo = steps(model, x, payload), bounds(model, x, arguments.seed)
+    small, full = layout(len(x))
+    counts = [*small, *[BATCH] * full]
+    batches = x.split(counts)
+    gains, nelbo = steps(model, batches, payload), bounds(model, batches, arguments.seed)
     files = {"vlae": len(file), **sizes(x.to(torch.uint8), model.likelihood.levels)}
     back, pixels, code = gains.sum(0)
     found = {"pixels": pixels, "code": code, "got_back": -back, "rate": code + back, "initial": 32 * about.initial}
@@ -90,8 +94,7 @@ def main() -> None:
     line |= {"sizes": files, "seed": arguments.seed, "torch": torch.__version__}
     emit(line | {"device": hardware(torch.device("cpu")), "commit": commit()}, arguments.out)
     if arguments.plot:
-        small, full = layout(len(x))
-        where_bits_go([*small, *[BATCH] * full], gains, nelbo, 32 * about.initial, files, arguments.plot)
+        where_bits_go(counts, gains, nelbo, 32 * about.initial, files, arguments.plot)
 
 
 if __name__ == "__main__":

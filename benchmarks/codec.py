@@ -7,7 +7,7 @@ overhead              (file - initial bits) / -ELBO - 1
 initial_bits          what stood on the stack before the first image; part of the file
 *_images_per_s        whole calls; *_forwards: that time for 64 images in forward passes of the whole model on 64
 single_bits_per_dim   mean over `SINGLE` images, each a file of its own; with and without header
-lossy_bytes           an image, by its code alone
+floats                float64 is --portable
 sizes                 bytes of the same pixels in other formats
 
 `--mutations N`: that many broken files of at most 70 images. All must be refused, or give the very images: other
@@ -40,7 +40,7 @@ CODES, SINGLE = 16, 20
 
 @torch.no_grad()
 def forward_seconds(model: VLAE, x: torch.Tensor) -> float:
-    eps, taken = torch.randn(len(x), model.prior.code), []
+    eps, taken = torch.randn(len(x), model.prior.code).to(next(model.parameters())), []
     for _ in range(9):
         begun = time.perf_counter()
         model(x, eps)
@@ -55,7 +55,7 @@ def bound(model: VLAE, x: torch.Tensor, seed: int) -> float:
     for start, part in enumerate(x.split(250)):
         for k in range(CODES):
             eps = torch.randn(len(part), model.prior.code, generator=generator("codec", seed, start, k))
-            nats -= model(part, eps).elbo.double().sum().item() / CODES
+            nats -= model(part, eps.to(next(model.parameters()))).elbo.double().sum().item() / CODES
     return nats / math.log(2)
 
 
@@ -86,7 +86,7 @@ def measure(model: VLAE, x: torch.Tensor, seed: int) -> dict[str, Any]:
         "decode_forwards": round(decode_s / len(x) * BATCH / mean([forward, again]), 2),
         "single_bits_per_dim": round(single / values, 4),
         "single_payload_bits_per_dim": round((single - 8 * START) / values, 4),
-        "lossy_bytes": round(len(compress(model, x, lossy=True)) / len(x), 2),
+        "floats": unpack(file)[0].floats,
         "sizes": sizes(x.to(torch.uint8), model.likelihood.levels),
         "seed": seed,
         "torch": torch.__version__,
@@ -123,7 +123,7 @@ def peak(reset: bool = False) -> int:
 
 def mutate(model: VLAE, x: torch.Tensor, count: int, seed: int) -> dict[str, Any]:
     rng, before = random.Random(seed), peak(reset=True)
-    good = [compress(model, x[:70]), compress(model, x[70:100]), compress(model, x[:1]), compress(model, x[:70], True)]
+    good = [compress(model, x[:70]), compress(model, x[70:100]), compress(model, x[:1]), compress(model, x[:70], 2)]
     right = [decompress(model, data) for data in good]
     honest = peak()
     refused, same, slowest = 0, 0, 0.0
@@ -159,11 +159,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="of the forward pass; the codec has its own")
     parser.add_argument("--mutations", type=int, default=0, help="broken files instead of good ones")
+    parser.add_argument("--portable", action="store_true", help="in float64")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     model, data, _ = opened(arguments.run)
     assert data is not None
+    model = model.to(torch.float64 if arguments.portable else torch.float32)
     images = data.part("test").images
     x = images[torch.randperm(len(images), generator=generator("codec", arguments.seed))[: arguments.images]].long()
     about = {"data": data.dataset_name, "shape": list(data.shape), "levels": data.levels}
