@@ -30,7 +30,7 @@ clean: ## remove .venv and caches; runs/ stays
 
 .venv/installed: pyproject.toml | .venv/bin/python
 	@echo "Installing vlae into .venv: a few minutes, once"
-	@$(PIP) --editable '.[plots]'
+	@$(PIP) --editable '.[plots,compress]'
 	@touch $@
 
 .venv/installed-dev: pyproject.toml | .venv/bin/python

@@ -76,6 +76,7 @@ def measure(model: VLAE, x: torch.Tensor, seed: int) -> dict[str, Any]:
         "bench": "codec",
         "images": len(x),
         "exact": exact,
+        "bytes": len(file),
         "bits_per_dim": round(8 * len(file) / x.numel(), 5),
         "nelbo_bits_per_dim": round(nelbo / x.numel(), 5),
         "overhead": round((8 * len(file) - initial) / nelbo - 1, 5),

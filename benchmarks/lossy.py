@@ -1,16 +1,15 @@
 """Codes alone as files: bytes an image against what is left of the image, for models that differ in their window.
 
-RUN... are folders of binary runs with classes, on the same images; one JSON line each. Bytes are those of one file of
-all images, an image. Qualities of the images that come out of it, next to those that went in:
+RUN... are folders of binary runs with classes, on the same images; one JSON line each. Qualities of the images that
+come out, next to those that went in:
 
 wrong_pixels   share of the pixels that differ
 digits         share of the images whose class is told by an RBF SVM that learnt it from original training images
 texture        total variation between the frequencies of 3x3 pixels with ink in them: 0 for the same texture
 
-likely, drawn  of `decompress`: the most likely pixels, and pixels drawn
-spacings       drawn, by the distance between the values of a code, without a header; the file's own is `spacing`
-posterior      drawn from a draw of q(z | x) instead of the code next to its mean, at the rate of the model: no file,
-               but what a coder of such draws could reach
+files          by the bytes that `compress` was told: bytes an image of the whole file, and of `decompress` the most
+               likely pixels (`likely`) and pixels drawn (`drawn`)
+posterior      drawn from a draw of q(z | x) itself, at the rate of the model: no file
 
 Then a line for each of other ways to a few bytes: images shrunk to SxS (in the smallest of `vlae.sizes`), and the
 number of the nearest of N training images. Last, originals: what the classifier tells of them, and the texture of as
@@ -20,6 +19,7 @@ many training images.
 import argparse
 import json
 import math
+import zlib
 from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,20 +30,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlae.charts import HUES, INK, RULE, order
-from vlae.codec import Codec
 from vlae.codes import encode
 from vlae.commands import opened
-from vlae.compression import BATCH, alike, compress, decompress
-from vlae.container import unpack
+from vlae.compression import BATCH, compress, decompress
+from vlae.container import pack, unpack
 from vlae.data import generator
 from vlae.figures import captioned, grid, save
 from vlae.model import VLAE
 from vlae.records import commit, emit, hardware
 from vlae.report import STYLE
-from vlae.sampling import decode, reconstruct
+from vlae.sampling import reconstruct
 from vlae.sizes import sizes
 
-SPACINGS = (8, 4, 2, 1)
+BYTES, SHOWN = (1, 2, 3, 4, 6, 8), (2, 8)  # an image; those of the picture
 SIDES, INKED = (4, 6, 8, 10, 14), 0.4  # a small pixel is ink from that share on: at half, thin strokes are lost
 NEAREST = (10, 100, 1_000, 10_000, 50_000)
 LEARNT = 10_000  # training images of the classifier
@@ -75,39 +74,27 @@ class Judge(NamedTuple):
         }
 
 
-def on_grid(model: VLAE, x: Tensor, spacing: float, uniform: Tensor) -> tuple[float, Tensor]:
-    """Bytes an image of codes with this spacing, and the drawn images."""
-    codec, drawn = Codec(model, spacing), []
-    stack = codec.stack()
-    with alike():
-        for part, noise in zip(x.split(BATCH), uniform.split(BATCH), strict=True):
-            k = codec.nearest(part.to(codec.device))
-            codec.push_code(stack, k)
-            drawn.append(decode(model, codec.z(k), noise.to(codec.device)).cpu())
-    return 4 * len(stack.get_compressed()) / len(x), torch.cat(drawn)
-
-
 def measure(model: VLAE, judge: Judge, seed: int) -> tuple[dict[str, Any], list[Tensor]]:
     x, device = judge.x.long(), next(model.parameters()).device
     uniform = torch.rand(x.shape, generator=generator("lossy", seed, "pixels"))
     eps = torch.randn(1, len(x), model.prior.code, generator=generator("lossy", seed, "codes"))
-    file = compress(model, x, lossy=True)
-    likely, drawn = decompress(model, file), decompress(model, file, uniform)
-    spaced = {spacing: on_grid(model, x, spacing, uniform) for spacing in SPACINGS}
+    about, payload = unpack(compress(model, x, lossy=max(BYTES)))
+    numbers, files, shown = np.frombuffer(payload, np.uint8).reshape(len(x), -1), {}, []
+    for count in BYTES:
+        first = numbers[:, :count].tobytes()  # all that fewer bytes would hold, as each is chosen after those before
+        file = pack(about._replace(content=zlib.crc32(first, len(x))), first)
+        drawn = decompress(model, file, uniform)
+        qualities = {"likely": judge(decompress(model, file)), "drawn": judge(drawn)}
+        files[f"{count}"] = {"bytes": round(len(file) / len(x), 3), **qualities}
+        shown += [drawn] * (count in SHOWN)
     parts = zip(*(each.to(device).split(BATCH) for each in (x, eps[0], uniform)), strict=True)
     posterior = torch.cat([reconstruct(model, *part).cpu() for part in parts])
-    rate = encode(model, x, eps).rate.mean().item()
+    rate = encode(model, x, eps).rate.mean().item() / math.log(2) / 8
     return {
-        "bytes": round(len(file) / len(x), 3),
         "lossless_bytes": round(len(compress(model, x)) / len(x), 3),
-        "spacing": 2.0 ** unpack(file)[0].spacing,
-        "likely": judge(likely),
-        "drawn": judge(drawn),
-        "spacings": {
-            f"{spacing}": {"bytes": round(size, 3), **judge(each)} for spacing, (size, each) in spaced.items()
-        },
-        "posterior": {"bytes": round(rate / math.log(2) / 8, 3), **judge(posterior)},
-    }, [likely, drawn, posterior]
+        "files": files,
+        "posterior": {"bytes": round(rate, 3), **judge(posterior)},
+    }, shown
 
 
 def shrunk(judge: Judge, side: int) -> tuple[dict[str, Any], Tensor]:
@@ -127,49 +114,44 @@ def nearest(judge: Judge, train: Tensor) -> tuple[dict[str, Any], Tensor]:
 def plot(
     lines: list[dict[str, Any]], others: dict[str, list[dict[str, Any]]], originals: dict[str, Any], path: Path
 ) -> None:
-    """Qualities against bytes: a colour for each window, a line through the spacings of its codes."""
+    """Qualities against bytes: a colour for each window, grey for other ways."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.patheffects import withStroke
 
     titles = {"digits": "Digits told (%)", "wrong_pixels": "Wrong pixels (%)", "texture": "Distance of textures (%)"}
-    marks: dict[str, dict[str, Any]] = {
-        "files, pixels drawn": {"marker": "o", "markersize": 8},
-        "files, most likely pixels": {"marker": "o", "markersize": 8, "markerfacecolor": "white"},
-        "codes by their spacing, pixels drawn": {"marker": ".", "linestyle": "-", "linewidth": 1.2},
-        "a draw of q(z | x) at its rate: no file": {"marker": "*", "markersize": 11},
+    looks: dict[str, dict[str, Any]] = {
+        "pixels drawn": {"marker": "o", "markersize": 5},
+        "most likely pixels": {"linestyle": ":", "linewidth": 1.4},
+        "draw of q(z | x) at its rate: no file": {"linestyle": "", "marker": "*", "markersize": 11, "zorder": 4},
     }
     greys: dict[str, dict[str, Any]] = {
-        name: {"color": "0.55", "linewidth": 1.2, "linestyle": dash}
-        for name, dash in zip(others, ("--", "-."), strict=True)
+        name: {"color": "0.6", "linestyle": dash} for name, dash in zip(others, ("--", "-."), strict=True)
     }
     floor: dict[str, Any] = {"color": INK, "linewidth": 0.8, "linestyle": (0, (1, 3))}
-    around = [withStroke(linewidth=3, foreground="white")]
+    windows = {f"window {line['receptive_field']}": hue for line, hue in zip(lines, cycle(HUES), strict=False)}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12, 4.9), layout="constrained")
         for axes, (name, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
-            for line, color in zip(lines, cycle(HUES), strict=False):
-                places = [line["drawn"]], [line["likely"]], [*line["spacings"].values()], [line["posterior"]]
-                for place, mark in zip(places, marks.values(), strict=True):
-                    at = [[each.get("bytes", line["bytes"]) for each in place], [100 * each[name] for each in place]]
-                    axes.plot(*at, **{"linestyle": "", "color": color, "zorder": 5 - len(place)} | mark)
-                at, size = 100 * line["drawn"][name], line["bytes"]
-                apart = {abs(each["bytes"] - size): each for each in lines if each is not line}
-                near = apart[min(apart)] if apart else line
-                right, above = size > near["bytes"], at > 100 * near["drawn"][name]  # labels point away from there
-                where = {"textcoords": "offset points", "ha": "left" if right else "right"}
-                look = {"color": color, "weight": "bold", "size": 10, "path_effects": around, "zorder": 3}
-                offset = 7 if right else -7, 1 if above else -11
-                axes.annotate(line["receptive_field"], (size, at), offset, **where, **look)
+            for line, color in zip(lines, windows.values(), strict=True):
+                files, posterior = line["files"].values(), line["posterior"]
+                drawn, likely = ([(file["bytes"], file[kind][name]) for file in files] for kind in ("drawn", "likely"))
+                curves = drawn, likely, [(posterior["bytes"], posterior[name])]
+                for curve, look in zip(curves, looks.values(), strict=True):
+                    axes.plot(*zip(*((size, 100 * value) for size, value in curve), strict=True), color=color, **look)
             for look, points in zip(greys.values(), others.values(), strict=True):
                 axes.plot([each["bytes"] for each in points], [100 * each[name] for each in points], zorder=0, **look)
             if name in originals:
                 axes.axhline(100 * originals[name], **floor)
-            axes.set(xlabel="Bytes an image", title=title, xlim=(0, None), ylim=(0, None))
+            axes.set(xlabel="Bytes an image", title=title, xlim=(0, max(BYTES) + 0.5), ylim=(0, None))
             axes.grid(color=RULE, linewidth=0.6)
-        looks = [*({"linestyle": "", "color": INK} | mark for mark in marks.values()), *greys.values(), floor]
-        handles, names = [Line2D([], [], **look) for look in looks], [*marks, *greys, "original images"]
+        entries = [
+            *({"color": hue} for hue in windows.values()),
+            *({"color": INK} | look for look in looks.values()),
+            *greys.values(),
+            floor,
+        ]
+        handles, names = [Line2D([], [], **each) for each in entries], [*windows, *looks, *greys, "original images"]
         figure.legend(handles, names, loc="outside lower center", ncols=4)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130)
@@ -178,7 +160,7 @@ def plot(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN")
-    parser.add_argument("--images", type=int, default=1000, help="of the test split, drawn by the seed")
+    parser.add_argument("--images", type=int, default=500, help="of the test split, drawn by the seed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a file to append the lines to")
     parser.add_argument(
@@ -210,12 +192,10 @@ def main() -> None:
     for model, _, folder in found:
         window = model.description["model"]["decoder"]["receptive_field"]
         nats = {name: round(trained[folder][f"test/{name}"], 3) for name in ("rate", "nelbo")}
-        measured, rows = measure(model, judge, arguments.seed)
+        measured, shown = measure(model, judge, arguments.seed)
         lines.append({"bench": "lossy", **about, "receptive_field": window, **nats, **measured, **made})
         emit(lines[-1], arguments.out)
-        size, rate = measured["bytes"], measured["posterior"]["bytes"]
-        text = f"Window {window}, {size:.1f} bytes an image: most likely pixels, pixels drawn; "
-        pictures.append((f"{text}below, a draw of q(z | x), rate {rate:.1f} bytes", rows))
+        pictures.append((f"Window {window}: {SHOWN[0]} bytes an image; below, {SHOWN[1]} bytes", shown))
     ways = {
         "shrunk, one bit a pixel": [shrunk(judge, side) for side in SIDES],
         "nearest training image by number": [nearest(judge, train.images[known[:count]]) for count in NEAREST],
@@ -230,7 +210,7 @@ def main() -> None:
     if arguments.plot:
         plot(lines, {name: [line for line, _ in way] for name, way in ways.items()}, originals, arguments.plot)
         for way in ways.values():
-            line, made_of = min(way, key=lambda each: abs(each[0]["bytes"] - lines[-1]["bytes"]))
+            line, made_of = min(way, key=lambda each: abs(each[0]["bytes"] - SHOWN[0]))
             pictures.append((f"For comparison, {line['bytes']:.1f} bytes an image: {line['method']}", [made_of]))
         shown = [
             captioned(grid(torch.cat([row[columns].cpu().long() for row in rows]), 2, len(columns)), text)

@@ -79,6 +79,20 @@ def test_readme_tables_of_the_sweep_agree_with_its_jobs() -> None:
             assert cells == [f"{mean(each):.2f}±{stdev(each):.2f}" for each in found]
 
 
+def test_readme_tables_of_files_agree_with_their_lines() -> None:
+    lines = [json.loads(line) for line in (ROOT / "results/codec.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["bench"] == "codec"]
+    rows = re.findall(r"^\|[^|]*\| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+%) \| (\d+) \| yes \|", README, re.M)
+    assert len(rows) == len(lines)
+    for line, shown in zip(lines, rows, strict=True):
+        assert line["exact"]
+        figures = f"{line['bits_per_dim']:.4f}", f"{line['nelbo_bits_per_dim']:.4f}", f"{line['overhead']:.2%}"
+        assert shown == (f"{line['images']:,}", *figures, str(line["initial_bits"]))
+    rows = re.findall(r"^\| [^|]*, [\d,]+ \|((?: [\d,]+ \|){5})$", README, re.M)
+    sizes = {tuple(sorted([line["bytes"], *line["sizes"].values()])) for line in lines if line["floats"] == "float32"}
+    assert sizes == {tuple(sorted(int(size.replace(",", "")) for size in row.strip(" |").split(" | "))) for row in rows}
+
+
 def test_shipped_weights_are_small_and_open() -> None:
     path = ROOT / "weights" / "mnist_static.safetensors"
     assert path.stat().st_size <= 8 * 2**20

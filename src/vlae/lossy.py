@@ -17,7 +17,7 @@ from vlae.sampling import scan
 
 CHOICES = 256  # a byte
 KEEP = (0.6, 0.8, 0.9, 0.97)  # what a draw keeps of the noise before it, in turn
-TOGETHER = 16  # images whose draws are scored at once
+TOGETHER = 4  # images whose draws are scored at once: what a processor's cache holds
 
 
 def draws(model: VLAE, stage: int) -> tuple[Float[Tensor, "256 1"], Float[Tensor, "256 D"]]:
