@@ -51,10 +51,8 @@ class Codec:
         code = k if sign < 0 else turned
         z = self.z(code)
         for i, (shift, _) in enumerate(step.one_by_one(z)):
-            steps = (
-                (shift.double() / self.spacing).round().remainder(2 * self.reach)
-            )  # or large ones would not be exact
-            turned[:, i] = self.wrap(k[:, i] + sign * steps)
+            steps = (shift.double() / self.spacing).round()
+            turned[:, i] = self.wrap(k[:, i] + sign * self.wrap(steps))  # a sum with large steps would not be exact
             z[:, i] = self.z(code[:, i])
         return turned
 
@@ -91,7 +89,7 @@ class Codec:
         mean, scale = (part.double() / self.spacing for part in (q.mean, q.log_scale.exp()))
         # a table gives every value at least 2^-24: were it as wide as the ring, codes would be drawn from far out
         reach = int((TAILS * scale).ceil().clamp(1, self.reach - 1).max()) if scale.numel() else 1
-        off, scale = ((part.cpu().numpy().ravel()) for part in (mean - mean.round(), scale))
+        off, scale = (part.cpu().numpy().ravel() for part in (mean - mean.round(), scale))
         return self.wrap(mean.round()), [self.gaussian(-reach, reach), off, scale]
 
     def nearest(self, x: Integer[Tensor, "B C H W"]) -> Float64[Tensor, "B D"]:
