@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shlex
 import sys
 import time
@@ -29,7 +28,7 @@ from vlae.experiment import evaluated, images_for, kept, prepare, quiet
 from vlae.folder import alike, store
 from vlae.gallery import PICTURES, draw, plot
 from vlae.model import VLAE, load, save
-from vlae.records import commit, write
+from vlae.records import commit, whole, write
 from vlae.sizes import sizes
 
 
@@ -165,10 +164,8 @@ def encode(run: str, data: str | None, allow: Sequence[str], sources: Sequence[s
     arrays = {name: tensor.numpy() for name, tensor in codes._asdict().items()}
     if part.labels is not None:
         arrays["labels"] = part.labels.numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(path.name + ".part").open("wb") as file:
+    with whole(path) as new, new.open("wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-    os.replace(file.name, path)
     say(f"{path}: {len(part.images):,} codes of {model.prior.code} numbers, mean rate {codes.rate.mean():.3f} nats")
 
 
@@ -199,9 +196,8 @@ def compress(
     wrong = (again != x).double().mean().item()
     if wrong and not lossy:
         raise FloatingPointError(f"{output}: not written, as it would not give the images back")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_name(output.name + ".part").write_bytes(file)
-    os.replace(output.with_name(output.name + ".part"), output)
+    with whole(output) as part:
+        part.write_bytes(file)
     taken = time.time() - begun
     table = Table("", "bits/dim", "bytes", "", title_justify="left")
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vlae.datasets import Part, Splits, only
+from vlae.records import whole
 
 SPLITS = {"train": 0, "validation": 1, "valid": 1, "val": 1, "test": 2}
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
@@ -156,10 +157,8 @@ def store(x: UInt8[Tensor, "N C H W"], levels: int, output: Path) -> None:
         ValueError: for a folder that holds something, or images that a PNG cannot hold.
     """
     if output.suffix == ".npz":
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with output.with_name(output.name + ".part").open("wb") as file:
+        with whole(output) as part, part.open("wb") as file:
             np.savez_compressed(file, images=x.numpy())
-        os.replace(file.name, output)
         return
     if x.shape[1] not in (1, 3):
         raise ValueError(f"--output={output}: pictures are grey or colour, and these have {x.shape[1]} channels; .npz")

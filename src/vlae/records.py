@@ -4,6 +4,8 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +30,19 @@ def same(old: dict[str, Any], new: dict[str, Any]) -> bool:
     return one == two
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
-    """A JSON file that is whole or not there."""
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write what becomes the file `path` at the end, so that it is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
+    yield part
     os.replace(part, path)
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """A JSON file that is whole or not there."""
+    with whole(path) as part:
+        part.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def emit(measurement: dict[str, Any], out: Path | None) -> None:
