@@ -10,9 +10,8 @@ single_bits_per_dim   mean over `SINGLE` images, each a file of its own; with an
 floats                float64 is --portable
 sizes                 bytes of the same pixels in other formats
 
-`--mutations N`: that many broken files of at most 70 images. All must be refused, or give the very images: other
-versions of libraries in a header whose checksum was made to match do no harm. Slowest in seconds; memory_ratio: what
-the process took at most, next to what it took for good files, without what it took before.
+`--mutations N`: that many broken files of at most 70 images. All must be refused. Slowest in seconds; memory_ratio:
+what the process took at most, next to what it took for good files, without what it took before.
 """
 
 import argparse
@@ -125,17 +124,16 @@ def peak(reset: bool = False) -> int:
 def mutate(model: VLAE, x: torch.Tensor, count: int, seed: int) -> dict[str, Any]:
     rng, before = random.Random(seed), peak(reset=True)
     good = [compress(model, x[:70]), compress(model, x[70:100]), compress(model, x[:1]), compress(model, x[:70], 2)]
-    right = [decompress(model, data) for data in good]
-    honest = peak()
-    refused, same, slowest = 0, 0, 0.0
+    for data in good:
+        decompress(model, data)
+    honest, refused, slowest = peak(), 0, 0.0
     for _ in range(count):
         data = broken(good, rng)
         while data in good:
             data = broken(good, rng)
         begun = time.perf_counter()
         try:
-            found = decompress(model, data)
-            same += any(torch.equal(found, images) for images in right)
+            decompress(model, data)
         except CodecError:
             refused += 1
         slowest = max(slowest, time.perf_counter() - begun)
@@ -143,8 +141,6 @@ def mutate(model: VLAE, x: torch.Tensor, count: int, seed: int) -> dict[str, Any
         "bench": "codec mutations",
         "mutations": count,
         "refused": refused,
-        "same_images": same,
-        "wrong_images": count - refused - same,
         "slowest_s": round(slowest, 2),
         "memory_ratio": round((peak() - before) / (honest - before), 2),
         "seed": seed,

@@ -167,13 +167,13 @@ def test_compress_codes_alone(run: Path, call: Vlae) -> None:
     assert found[0].shape == found[3].shape == x.shape
 
 
-@pytest.mark.parametrize("levels", range(2, 257))
-def test_pictures_are_read_back(tmp_path: Path, levels: int) -> None:
-    for channels in (1, 3):
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_are_read_back(tmp_path: Path, channels: int) -> None:
+    for levels in range(2, 257):
         values = torch.arange(levels, dtype=torch.uint8).expand(2, channels, 1, -1).contiguous()
         values[1] = values[1].flip(2)
-        store(values, levels, tmp_path / f"{channels}")
-        assert torch.equal(alike([tmp_path / f"{channels}"], (channels, 1, levels), levels), values)
+        store(values, levels, tmp_path / f"{levels}")
+        assert torch.equal(alike([tmp_path / f"{levels}"], (channels, 1, levels), levels), values)
 
 
 class Evil:

@@ -376,7 +376,7 @@ def test_another_model_or_machine_is_refused(small: VLAE) -> None:
     assert "threads 2, which is 1 here" in refused(small, forged(data, threads=2))
     assert "batch" in refused(small, forged(data, batch=255))
     assert "fingerprint" in refused(small, forged(data, fingerprint=1))
-    assert "torch 2.1" in refused(small, forged(data, fingerprint=1, torch="2.1"))
+    assert "torch 2.1 " in refused(small, forged(data, fingerprint=1, torch="2.1"))
 
 
 def test_a_machine_that_computes_otherwise_is_refused(small: VLAE, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,6 +432,8 @@ def test_headers_that_lie_are_refused(small: VLAE, kind: str) -> None:
         {"images": 2**32 - 1},
         *([] if kind == "lossy" else lies),
         {"content": about.content ^ 1},
+        {"torch": "2.12"},
+        {"constriction": "0.6"},
         *({"kind": other} for other in KIND_NAMES if other != kind),
     ):
         refused(small, forged(data, **fields))
@@ -461,20 +463,12 @@ def test_absurd_sizes_take_no_memory(kind: str) -> None:
 
 
 def test_mutations_are_refused(small: VLAE) -> None:
-    """Or the images are right: with a checksum to match, other library versions in the header do no harm."""
     rng = random.Random(0)
     good = list(files(small).values())
-    right = [decompress(small, data) for data in good]
-    kept = 0
     for _ in range(300):
         wrong = mutated(*rng.sample(good, 2), rng)
-        try:
-            found = decompress(small, wrong)
-        except CodecError:
-            continue
-        assert any(torch.equal(found, x) for x in right)
-        kept += wrong not in good
-    assert kept < 10
+        if wrong not in good:
+            refused(small, wrong)
 
 
 def mutated(data: bytes, other: bytes, rng: random.Random) -> bytes:

@@ -129,6 +129,11 @@ def header(model: VLAE, kind: str, images: int) -> Header:
     )
 
 
+def checksum(about: Header, content: bytes) -> int:
+    """Of what decoding gives, and of what the header says that nothing else is held against."""
+    return zlib.crc32(content, zlib.crc32(f"{about.images} {about.torch} {about.constriction}".encode()))
+
+
 def compress(model: VLAE, x: Integer[Tensor, "N C H W"], lossy: int = 0) -> bytes:
     """A file that `decompress` makes the images of, with the same model on a machine that computes alike.
 
@@ -149,7 +154,8 @@ def compress(model: VLAE, x: Integer[Tensor, "N C H W"], lossy: int = 0) -> byte
     if lossy:
         parts = progress(x.split(BATCH), "compress", len(x))
         packed = b"".join(choose(model, part, lossy).tobytes() for part in parts)
-        return pack(header(model, "lossy", len(x))._replace(content=zlib.crc32(packed, len(x))), packed)
+        about = header(model, "lossy", len(x))
+        return pack(about._replace(content=checksum(about, packed)), packed)
     kinds = ["bits-back", "two-part"] if len(x) <= BATCH else ["bits-back"]
     with alike():
         return min((encoded(model, x, kind) for kind in kinds), key=len)
@@ -171,12 +177,9 @@ def encoded(model: VLAE, x: Integer[Tensor, "N C H W"], kind: str) -> bytes:
         start += size
     packed = stack.get_compressed()[untouched:].astype("<u4").tobytes().ljust(least(len(x)), b"\0")
     about = header(model, kind, len(x))._replace(
-        spacing=spacing,
-        initial=len(words) - untouched,
-        fingerprint=fingerprint(model, spacing),
-        content=zlib.crc32(x.cpu().numpy().astype(np.uint8).tobytes()),
+        spacing=spacing, initial=len(words) - untouched, fingerprint=fingerprint(model, spacing)
     )
-    return pack(about, packed)
+    return pack(about._replace(content=checksum(about, x.cpu().numpy().astype(np.uint8).tobytes())), packed)
 
 
 def decompress(model: VLAE, data: bytes, uniform: Float[Tensor, "N C H W"] | None = None) -> UInt8[Tensor, "N C H W"]:
@@ -206,7 +209,7 @@ def refuse(about: Header, name: str, here: int | str) -> None:
 
 def from_codes(model: VLAE, about: Header, payload: bytes, uniform: Tensor | None) -> UInt8[Tensor, "N C H W"]:
     images = about.images
-    if len(payload) % images or zlib.crc32(payload, images) != about.content:
+    if len(payload) % images or checksum(about, payload) != about.content:
         raise CodecError(f"damaged: {images} images in {len(payload)} bytes")
     numbers, parts = np.frombuffer(payload, np.uint8).reshape(images, -1), []
     for start in progress(range(0, images, BATCH), "decompress", images):
@@ -243,6 +246,6 @@ def decoded(model: VLAE, about: Header, payload: bytes) -> UInt8[Tensor, "N C H 
             parts.append(x.to(torch.uint8).cpu())
     x = torch.cat(parts[::-1])
     restored = np.array_equal(stack.get_compressed(), seed(about.initial))
-    if not restored or zlib.crc32(x.numpy().tobytes()) != about.content:
+    if not restored or checksum(about, x.numpy().tobytes()) != about.content:
         raise CodecError("damaged, or this machine computes otherwise than the one that made it")
     return x
