@@ -130,8 +130,8 @@ def header(model: VLAE, kind: str, images: int) -> Header:
 
 
 def checksum(about: Header, content: bytes) -> int:
-    """Of what decoding gives, and of what the header says that nothing else is held against."""
-    return zlib.crc32(content, zlib.crc32(f"{about.images} {about.torch} {about.constriction}".encode()))
+    """Of what decoding gives, and of all else that the header says."""
+    return zlib.crc32(content, zlib.crc32(str(about._replace(content=0)).encode()))
 
 
 def compress(model: VLAE, x: Integer[Tensor, "N C H W"], lossy: int = 0) -> bytes:
