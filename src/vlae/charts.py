@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlae.decoder import window
 from vlae.figures import read_metrics
 from vlae.sweeps import Job, Point, points
+from vlae.window import window
 
 INK, RULE = "#1f2328", "#d3d7de"
 HUES = ["#3f7fd0", "#1f9e8f", "#8aa52f", "#dd8a1f", "#d1495b", "#9a5bb5"]  # can be told on white and on black

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vlae.container import CodecError
 from vlae.model import VLAE
-from vlae.prior import AFPrior
+from vlae.prior import Flow
 from vlae.sampling import scan
 
 REACH = 32  # the ring is [-32, 32), standard deviations of the noise
@@ -33,7 +33,7 @@ class Codec:
             from constriction import stream
         except ImportError as error:
             raise ValueError("files need constriction; install it, or vlae with its extra `compress`") from error
-        if not isinstance(model.prior, AFPrior) or any(step.scale is not None for step in model.prior.steps):
+        if not isinstance(model.prior, Flow) or (model.prior.scale and len(model.prior.steps)):
             raise ValueError("model.prior.scale=true: compression needs a model trained with model.prior.scale=false")
         weight = next(model.decoder.parameters())
         self.model, self.device, self.dtype = model, weight.device, weight.dtype
@@ -50,10 +50,11 @@ class Codec:
         turned = torch.zeros_like(k)
         code = k if sign < 0 else turned
         z = self.z(code)
-        for i, (shift, _) in enumerate(step.one_by_one(z)):
+        for where, shift, _ in step.one_by_one(z):
             steps = (shift.double() / self.spacing).round()
-            turned[:, i] = self.wrap(k[:, i] + sign * self.wrap(steps))  # a sum with large steps would not be exact
-            z[:, i] = self.z(code[:, i])
+            # a sum with large steps would not be exact
+            turned[:, where] = self.wrap(k[:, where] + sign * self.wrap(steps))
+            z[:, where] = self.z(code[:, where])
         return turned
 
     def noise(self, k: Float64[Tensor, "B D"]) -> Float64[Tensor, "B D"]:

@@ -137,7 +137,7 @@ class Images(LightningDataModule):
 
     `dataset` is a function `root -> Splits`; `root` None is VLAE_DATA_DIR, else a cache folder.
     `batch_size` and `eval_batch_size` are per device. `train_on_validation` adds the validation images to the
-    training images and leaves no validation.
+    training images and leaves no validation. `flip` shows every second training image, by chance, mirrored.
 
     Raises:
         ValueError: for a batch size below 1; on first use of the images, if they are not what `Splits` says.
@@ -151,6 +151,7 @@ class Images(LightningDataModule):
         eval_batch_size: int,
         seed: int,
         train_on_validation: bool = False,
+        flip: bool = False,
     ) -> None:
         super().__init__()
         for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
@@ -160,7 +161,7 @@ class Images(LightningDataModule):
             raise ValueError(f"data._target_: {dataset} is no function from the folder of the files to Splits")
         self.dataset, self.root = dataset, Path(root).expanduser() if root else default_root()
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
-        self.train_on_validation = train_on_validation
+        self.train_on_validation, self.flip = train_on_validation, flip
         self.train: TrainingBatches | None = None
 
     @cached_property
@@ -227,13 +228,20 @@ class Images(LightningDataModule):
         return EvaluationBatches(self.part("test"), self.eval_batch_size, self.seed, *self.ranks)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
-        """Binarise a training batch of a dynamic set anew, on its device: the slice of the global batch's noise."""
-        if not self.splits.dynamic or batch.number < 0:
+        """Binarise a training batch of a dynamic set anew, mirror images at random, on their device."""
+        if batch.number < 0:
             return batch
         world, rank = self.ranks
-        noise = generator("binarise", self.seed, batch.number, device=batch.x.device)
-        uniform = torch.rand((world, *batch.x.shape), generator=noise, device=batch.x.device)
-        return batch._replace(x=draw(batch.x, uniform[rank]))
+
+        def noise(key: str, *shape: int) -> Tensor:
+            """The slice of the global batch's."""
+            stream = generator(key, self.seed, batch.number, device=batch.x.device)
+            return torch.rand((world, *shape), generator=stream, device=batch.x.device)[rank]
+
+        x = draw(batch.x, noise("binarise", *batch.x.shape)) if self.splits.dynamic else batch.x
+        if self.flip:
+            x = torch.where(noise("flip", len(x), 1, 1, 1) < 0.5, x.flip(3), x)
+        return batch._replace(x=x)
 
     @cached_property
     def fingerprint(self) -> str:

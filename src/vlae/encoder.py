@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vlae.layers import ConvBlock, at_least, full, normal_log_prob, pyramid
+from vlae.layers import ConvBlock, at_least, full, maps, normal_log_prob, pyramid
 
 
 class Normal(NamedTuple):
@@ -43,3 +43,26 @@ class Encoder(nn.Module):
             return Normal(full(u.new_zeros(len(u), 0)), full(u.new_zeros(len(u), 0)))
         mean, log_scale = full(self.net(u.contiguous(memory_format=torch.channels_last))).chunk(2, 1)
         return Normal(mean, log_scale.clamp(-7, 7))
+
+
+class MapEncoder(nn.Module):
+    """Residual network to a code of maps [C h w], flattened: at each of `widths` as many of `blocks`, a stride-2
+    convolution between (VLAE section 4.2: widths 48, 96, 96 and blocks 2, 2, 3).
+
+    Raises:
+        ValueError: for a code of other maps than the last width has, or other than one count of blocks a width.
+    """
+
+    def __init__(self, *, shape: tuple[int, int, int], code: list[int], widths: list[int], blocks: list[int]):
+        super().__init__()
+        maps(shape, code, widths, blocks)
+        layers: list[nn.Module] = [nn.Conv2d(shape[0], widths[0], 3, padding=1)]
+        for level, (width, count) in enumerate(zip(widths, blocks, strict=True)):
+            if level:
+                layers.append(nn.Conv2d(widths[level - 1], width, 3, stride=2, padding=1))
+            layers += [ConvBlock(width) for _ in range(count)]
+        self.net = nn.Sequential(*layers, nn.ELU(), nn.Conv2d(widths[-1], 2 * code[0], 1))
+
+    def forward(self, u: Float[Tensor, "B C H W"]) -> Normal:
+        mean, log_scale = full(self.net(u.contiguous(memory_format=torch.channels_last))).chunk(2, 1)
+        return Normal(mean.flatten(1), log_scale.flatten(1).clamp(-7, 7))

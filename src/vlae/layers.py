@@ -49,18 +49,32 @@ def at_least(low: int, **sizes: int | list[int]) -> None:
             raise ValueError(f"{name}={size}: must be at least {low}")
 
 
-class PixelBlock(nn.Module):
-    """x + W (a * relu(b)), (a, b) = V norm(x) at each pixel by itself; starts as the identity."""
+def maps(shape: tuple[int, int, int], code: list[int], widths: list[int], blocks: list[int]) -> list[tuple[int, int]]:
+    """Sizes of the levels between images and a code of maps; ValueError where these do not fit."""
+    at_least(1, widths=widths, **{"len(widths)": len(widths)})
+    at_least(0, blocks=blocks)
+    if len(blocks) != len(widths):
+        raise ValueError(f"blocks={blocks}: one number for each of widths={widths} is needed")
+    sizes = pyramid(*shape[1:], len(widths) - 1)
+    if len(code) != 3 or tuple(code[1:]) != sizes[-1]:
+        fitting = [code[0], *sizes[-1]]
+        raise ValueError(f"model.code={code}: {len(widths)} widths on images {list(shape)} need maps such as {fitting}")
+    return sizes
 
-    def __init__(self, width: int):
+
+class PixelBlock(nn.Module):
+    """x + W drop(a * relu(b)), (a, b) = V norm(x) at each pixel by itself; starts as the identity."""
+
+    def __init__(self, width: int, dropout: float = 0.0):
         super().__init__()
+        self.dropout = dropout
         self.gate, self.out = nn.Linear(width, 2 * width), nn.Linear(width, width)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x: Float[Tensor, "*n F"]) -> Float[Tensor, "*n F"]:
         a, b = self.gate(F.layer_norm(x, x.shape[-1:])).chunk(2, -1)
-        return x + self.out(a * F.relu(b))
+        return x + self.out(F.dropout(a * F.relu(b), self.dropout, self.training))
 
 
 class ConvBlock(nn.Module):

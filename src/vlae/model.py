@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vlae.encoder import Normal
 from vlae.layers import normal_log_prob
-from vlae.schema import construct
+from vlae.schema import construct, fits
 
 
 class Terms(NamedTuple):
@@ -93,8 +93,9 @@ def build(model: dict[str, Any], shape: tuple[int, int, int], levels: int, allow
     if set(model) != parts:
         raise ValueError(f"model: has {sorted(model)}, needs exactly {sorted(parts)}")
     code = model["code"]
-    if not isinstance(code, int) or isinstance(code, bool) or code < 0:
-        raise ValueError(f"model.code={code!r}: must be an integer, 0 (no code) or more")
+    flat = fits(code, int) and code >= 0
+    if not flat and not (fits(code, tuple[int, int, int]) and min(code) > 0):
+        raise ValueError(f"model.code={code!r}: must be an integer, 0 (no code) or more, or maps [C, h, w]")
     likelihood = construct(model["likelihood"], "model.likelihood", allow, channels=shape[0], levels=levels)
     vlae = VLAE(
         construct(model["encoder"], "model.encoder", allow, shape=shape, code=code),

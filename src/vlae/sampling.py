@@ -1,6 +1,6 @@
 """Images from noise: pixels that do not see one another are drawn together; a batch costs about a forward pass."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -9,27 +9,9 @@ from torch import Tensor
 
 from vlae.layers import small_steps
 from vlae.model import VLAE
+from vlae.window import waves
 
 Choose = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def waves(
-    window: list[tuple[int, int]], height: int, width: int, device: torch.device
-) -> Iterator[tuple[Int[Tensor, "n"], Int[Tensor, "n"]]]:
-    """Rows and columns of the pixels of each wave: every pixel's window lies in earlier waves.
-
-    Pixels of equal `column + stride * row` with stride one more than the window's reach to the right; a row where
-    nothing to the left is seen, the image where nothing is. 7x4 on 28x28: 136 waves.
-    """
-    if not any(i == 0 for i, _ in window):
-        for pixel in torch.arange(height * width, device=device).split(width if window else height * width):
-            yield pixel // width, pixel % width
-        return
-    stride = min(max(j for _, j in window) + 1, width)
-    for wave in range(width + stride * (height - 1)):
-        first, last = max(0, (wave - width) // stride + 1), min(height - 1, wave // stride)
-        i = torch.arange(first, last + 1, device=device)
-        yield i, wave - stride * i
 
 
 @torch.no_grad()

@@ -113,7 +113,8 @@ class LitVLAE(LightningModule):
         # plain types only: a checkpoint must open with weights_only=True
         settings = {"model": model, "optimizer": optimizer, "objective": objective, "seed": seed}
         self.save_hyperparameters({**settings, "shape": list(shape), "levels": levels})
-        self.code, self.seed, self.levels, self.dims = model["code"], seed, levels, math.prod(shape)
+        self.code: int = self.model.prior.code  # type: ignore[assignment]  # numbers of a code
+        self.seed, self.levels, self.dims = seed, levels, math.prod(shape)
         self.meters = torch.nn.ModuleDict({"rate": MeanMetric("disable"), "distortion": MeanMetric("disable")})
         self.fresh = True
         self.broken: Tensor | None = None
