@@ -15,7 +15,7 @@ class Windowed(nn.Module):
 
     The window is exact (no pixel less, none more, no blind spot), and since nothing after the look mixes pixels,
     `at` gives the parameters of a few pixels at the cost of those pixels. With `grey` the window shows the luminance
-    0.299 R + 0.587 G + 0.114 B alone, and the code has to keep colours (VLAE section 4.2).
+    0.299 R + 0.587 G + 0.114 B alone, and the code has to keep colours (VLAE section 4.3).
 
     Raises:
         ValueError: for a bad window, a size below 1, a dropout outside [0, 1), or grey where there are no colours.

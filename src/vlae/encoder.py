@@ -47,7 +47,7 @@ class Encoder(nn.Module):
 
 class MapEncoder(nn.Module):
     """Residual network to a code of maps [C h w], flattened: at each of `widths` as many of `blocks`, a stride-2
-    convolution between (VLAE section 4.2: widths 48, 96, 96 and blocks 2, 2, 3).
+    convolution between (VLAE section 4.3: widths 48, 96, 96 and blocks 2, 2, 3).
 
     Raises:
         ValueError: for a code of other maps than the last width has, or other than one count of blocks a width.

@@ -1,5 +1,6 @@
 """p(x | params) of a pixel: densities over integers, in nats."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -72,7 +73,7 @@ class LogisticMixture(Likelihood):
     A bin is as wide as the step between levels; the lowest and the highest reach to infinity. The channels of a pixel
     share their component, and a channel's mean moves linearly with the earlier channels. Parameters, `components` of
     each: mixture logits; each channel's means; its log-scales; for each pair of channels a coefficient, before its
-    tanh. With all of them zero the means are spread over [-1, 1].
+    tanh. With all of them zero the means are spread over [-1, 1] and the scales 1 / `components`: nearly uniform.
 
     Raises:
         ValueError: for levels outside 2..256 or no components.
@@ -105,7 +106,7 @@ class LogisticMixture(Likelihood):
         for j in range(c):
             moves = params[coefficients + c * (c - 1) // 2 + j].tanh()
             mean = mean + moves * (2 * half * x[:, j : j + 1].to(mean) - 1)
-        return mean, params[log_scales + c].clamp(-7, 7)
+        return mean, (params[log_scales + c] - math.log(len(self.spread))).clamp(-7, 7)
 
     def log_mass(
         self, params: Params, x: Integer[Tensor, "B c *n"], value: Integer[Tensor, "B 1 *n"]

@@ -149,7 +149,7 @@ class AFPrior(Flow):
 
 
 class ConvAFPrior(Flow):
-    """The same for a code of maps [C h w] (VLAE section 4.2): each step looks at a window of earlier positions.
+    """The same for a code of maps [C h w] (VLAE section 4.3): each step looks at a window of earlier positions.
 
     Positions are in raster order and the channels of a position in theirs, both reversed by the next step. Generation
     takes C steps for each wave of positions and each of `depth`: 16 * 36 * 6 for 16 maps of 8x8 and a window 7x3.
