@@ -21,17 +21,22 @@ import torch
 from hydra import compose, initialize_config_dir
 from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from vlae.data import Images, TrainingBatches, generator
-from vlae.datasets import Part, Splits, default_root, digits, mnist_grey, mnist_static, only
+from vlae.datasets import Part, Splits, cifar10, default_root, digits, mnist_grey, mnist_static, only
 from vlae.experiment import Settings, quiet, trainer_for
 from vlae.records import commit, emit, hardware
 from vlae.tracking import tracked
 from vlae.training import LitVLAE
 
 STEPS = 10**6  # of the schedule: more than any measurement takes
-DATA = {"small": digits, "binary": mnist_static, "grey": mnist_grey}
+DATA = {"small": digits, "binary": mnist_static, "grey": mnist_grey, "colour": cifar10, "colour_small": cifar10}
+NOISE: dict[Callable[..., Splits], tuple[int, tuple[int, int, int]]] = {
+    mnist_static: (2, (1, 28, 28)),
+    mnist_grey: (256, (1, 28, 28)),
+    cifar10: (256, (3, 32, 32)),
+}
 
 
 def data_for(model: str) -> Callable[[Path], Splits]:
@@ -39,8 +44,8 @@ def data_for(model: str) -> Callable[[Path], Splits]:
     try:
         DATA[model](default_root())
     except FileNotFoundError:
-        levels = {"binary": 2, "grey": 256}[model]
-        pixels = torch.randint(levels, (50_000, 1, 28, 28), generator=generator("random"), dtype=torch.uint8)
+        levels, shape = NOISE[DATA[model]]
+        pixels = torch.randint(levels, (50_000, *shape), generator=generator("random"), dtype=torch.uint8)
 
         def noise(root: Path) -> Splits:
             return Splits(Part(pixels), Part(pixels), Part(pixels), levels)
@@ -77,6 +82,7 @@ class Loop:
     """Training without Lightning."""
 
     def __init__(self, config: dict[str, Any], images: Images, device: torch.device) -> None:
+        torch.compiler.reset()  # or another batch size than the last loop's would be compiled for any size
         parts = lit(config, images).to(device)
         self.model, self.objective, self.code, self.device = parts.model, parts.objective, parts.code, device
         self.seed, self.decay, self.clip = config["seed"], config["averaging"], config["trainer"]["gradient_clip_val"]
@@ -91,7 +97,9 @@ class Loop:
         self.number = 0
 
     def step(self) -> None:
-        x = self.batches[self.number].x.to(self.device, non_blocking=True)
+        self.learn(self.batches[self.number].x.to(self.device, non_blocking=True))
+
+    def learn(self, x: Tensor) -> None:
         noise = generator("eps", self.seed, self.number, device=self.device)
         eps = torch.randn((len(x), self.code), generator=noise, device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
@@ -188,9 +196,8 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def main() -> None:
-    models = sorted(file.stem for file in (Path(__file__).resolve().parents[1] / "conf" / "model").glob("*.yaml"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=models, choices=models)
+    parser.add_argument("--models", nargs="+", default=list(DATA), choices=DATA)
     parser.add_argument("--batch", type=int, help="default: 128; on a GPU what makes a step last 20 ms")
     parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed"])
     parser.add_argument("--compile", action="store_true")

@@ -1,6 +1,7 @@
 """One thread, fixed seeds, and every shape in a signature of vlae checked at each call."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -14,6 +15,8 @@ import torch
 from jaxtyping import install_import_hook
 
 install_import_hook(["vlae"], "beartype.beartype")  # before the first import of a module of vlae
+# what a shell starts in the background ignores Ctrl-C, and so would what the tests start to interrupt it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tensors here are so small that threads only wait for one another
 
 

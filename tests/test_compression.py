@@ -40,6 +40,9 @@ KINDS: list[tuple[tuple[int, int, int], int, dict[str, Any]]] = [
     ((1, 6, 5), 256, {"window": "7x4", "depth": 1, **MIXTURE}),
     ((1, 4, 4), 17, {"window": "1x1", "code": 1, **MIXTURE}),
     ((3, 4, 5), 256, {"window": "4x2", **MIXTURE}),
+    ((3, 6, 6), 256, {"maps": True, "window": "5x3", **MIXTURE}),
+    ((3, 6, 6), 256, {"maps": True, "window": "7x4", "grey": True, "dropout": 0.3, **MIXTURE}),
+    ((1, 7, 5), 2, {"maps": True, "window": "none", "depth": 3}),
 ]
 
 
@@ -150,14 +153,21 @@ def test_layout_holds_all_images(count: int) -> None:
     assert all(1 <= size < BATCH for size in small)
 
 
-def test_length_is_the_bound() -> None:
+@pytest.mark.parametrize(
+    ("shape", "levels", "code", "more"),
+    [((1, 13, 17), 2, 6, {}), ((3, 6, 6), 256, [2, 3, 3], {"grey": True, **MIXTURE})],
+)
+def test_length_is_the_bound(
+    shape: tuple[int, int, int], levels: int, code: int | list[int], more: dict[str, Any]
+) -> None:
     """Against -ELBO by the mean of fresh codes, which knows nothing of grids, waves or stacks."""
     torch.manual_seed(0)
-    model = shaken(build(settings(window="4x2", code=6, scale=False), (1, 13, 17), 2), 0.1).eval()
+    model = shaken(build(settings(window="4x2", code=code, scale=False, **more), shape, levels), 0.1).eval()
     x = draw(model, 700)
     with torch.no_grad():
-        model.encoder.net[-1].bias[6:] -= 2  # where the grid must be fine
-        noise = torch.randn(10, len(x), 6, dtype=torch.float64)
+        scales = model.encoder.net[-1].bias
+        scales[len(scales) // 2 :] -= 2  # where the grid must be fine
+        noise = torch.randn(10, len(x), model.prior.code, dtype=torch.float64)
         bound = -torch.stack([model(x, eps).elbo for eps in noise]).mean(0).sum().item() / math.log(2)
     data = compress(model, x)
     bits = 8 * len(data) - 32 * unpack(data)[0].initial
@@ -204,16 +214,16 @@ def test_initial_bits_are_those_of_a_few_images() -> None:
 
 @pytest.mark.parametrize("large", [1.0, 1e4])
 @pytest.mark.parametrize("depth", [0, 1, 2, 3, 4])
-def test_the_grid_is_kept(depth: int, large: float) -> None:
+@pytest.mark.parametrize("code", [5, [2, 2, 3]], ids=str)
+def test_the_grid_is_kept(code: int | list[int], depth: int, large: float) -> None:
     """Against a plain loop over numbers, and one to one even where the ring wraps."""
-    prior = shaken(tiny(code=5, scale=False, depth=depth).prior, 1.0)
+    model = tiny((1, 4, 5), code=code, scale=False, depth=depth)
+    shaken(model.prior, 1.0)
     with torch.no_grad():
-        for step in prior.steps:
-            step.shift.bias.mul_(large)
-    model = tiny(code=5, scale=False, depth=depth)
-    model.prior = prior
-    codec = Codec(model, 0.25)
-    z = torch.randint(-codec.reach, codec.reach, (40, 5)).double()
+        for step in model.prior.steps:
+            (step if isinstance(code, int) else step.channels).shift.bias.mul_(large)
+    codec, prior = Codec(model, 0.25), model.prior
+    z = torch.randint(-codec.reach, codec.reach, (40, prior.code)).double()
     with torch.no_grad():
         found = codec.noise(z)
         for row, result in zip(z.tolist(), found.tolist(), strict=True):
@@ -226,7 +236,7 @@ def test_the_grid_is_kept(depth: int, large: float) -> None:
                 ]
             assert row == result
         assert torch.equal(codec.code(found), z)
-        again = torch.randint(-codec.reach, codec.reach, (40, 5)).double()
+        again = torch.randint(-codec.reach, codec.reach, (40, prior.code)).double()
         assert torch.equal(codec.noise(codec.code(again)), again)
 
 
@@ -261,7 +271,7 @@ def chosen(model: VLAE, x: torch.Tensor, count: int) -> tuple[list[int], torch.T
             keep = 0.0 if stage == 0 else 1.0 if number == 0 else [0.6, 0.8, 0.9, 0.97][number % 4]
             each = keep * eps + (1 - keep**2) ** 0.5 * fresh
             z = model.prior.inverse(each[None])[0]
-            log_det = torch.autograd.functional.jacobian(lambda z: model.prior(z[None])[0][0], z).slogdet()[1]
+            log_det = model.prior(z[None])[1]
             weight = posterior.log_prob(z).sum() - unit.log_prob(each).sum() - log_det
             best = max(best, (weight.item(), number, each), key=itemgetter(0))
         numbers.append(best[1])
@@ -269,9 +279,9 @@ def chosen(model: VLAE, x: torch.Tensor, count: int) -> tuple[list[int], torch.T
     return numbers, model.prior.inverse(eps[None])
 
 
-@pytest.mark.parametrize("scale", [False, True])
-def test_lossy_files_hold_codes(scale: bool) -> None:
-    model = model_of((1, 5, 5), 2, {"code": 3, "scale": scale})
+@pytest.mark.parametrize(("code", "scale"), [(3, False), (3, True), ([1, 3, 3], True)])
+def test_lossy_files_hold_codes(code: int | list[int], scale: bool) -> None:
+    model = model_of((1, 5, 5), 2, {"code": code, "scale": scale})
     x, uniform = draw(model, 70), torch.rand(70, 1, 5, 5)
     data = compress(model, x, lossy=2)
     about, payload = unpack(data)
@@ -333,15 +343,29 @@ def test_other_images_are_refused(small: VLAE, x: torch.Tensor, message: str) ->
     assert message in str(caught.value)
 
 
-def test_scales_are_refused() -> None:
+@pytest.mark.parametrize("maps", [False, True])
+def test_scales_are_refused(maps: bool) -> None:
+    x = torch.zeros(2, 1, 3, 3, dtype=torch.long)
+    free = model_of((1, 3, 3), 2, {"maps": maps, "scale": True, "depth": 0})  # no step, no scale
+    assert torch.equal(decompress(free, compress(free, x)).long(), x)
     with pytest.raises(ValueError) as caught:
-        compress(tiny(scale=True), torch.zeros(2, 1, 3, 3, dtype=torch.long))
+        compress(tiny(scale=True, maps=maps), x)
     assert "model.prior.scale=false" in str(caught.value)
 
 
-@pytest.mark.parametrize("part", ["encoder.net.8", "prior.steps.0.shift", "decoder.head"])
-def test_models_that_are_not_finite_are_refused(part: str) -> None:
-    model = model_of((1, 3, 3), 2, {})
+@pytest.mark.parametrize(
+    ("part", "maps"),
+    [
+        ("encoder.net.8", False),
+        ("encoder.net.5", True),
+        ("prior.steps.0.shift", False),
+        ("prior.steps.0.channels.shift", True),
+        ("decoder.head", False),
+        ("decoder.head", True),
+    ],
+)
+def test_models_that_are_not_finite_are_refused(part: str, maps: bool) -> None:
+    model = model_of((1, 3, 3), 2, {"maps": maps})
     with torch.no_grad():
         model.get_submodule(part).bias.fill_(float("nan"))
     with pytest.raises(FloatingPointError):

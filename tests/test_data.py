@@ -148,8 +148,8 @@ def test_every_epoch_is_another_permutation() -> None:
     assert not torch.equal(other[0].index, batches[0].index)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_ranks_see_what_one_process_sees(tmp_path: Path, accumulate: int) -> None:
+@pytest.mark.parametrize(("accumulate", "flip"), [(1, True), (2, False)])
+def test_two_ranks_see_what_one_process_sees(tmp_path: Path, accumulate: int, flip: bool) -> None:
     if torch.cuda.is_initialized():
         pytest.skip("CUDA is in use in this process, which then cannot fork ranks")
 
@@ -159,9 +159,9 @@ def test_two_ranks_see_what_one_process_sees(tmp_path: Path, accumulate: int) ->
 
     settings = {"max_epochs": 2, "accumulate_grad_batches": accumulate, "num_sanity_val_steps": 0}
     one = Recorder()
-    trainer(tmp_path, **settings).fit(one, make(batch_size=8, eval_batch_size=4))
+    trainer(tmp_path, **settings).fit(one, make(batch_size=8, eval_batch_size=4, flip=flip))
     run = trainer(tmp_path, devices=2, strategy="ddp_fork", **settings)
-    run.fit(Recorder(folder=tmp_path), make(batch_size=4, eval_batch_size=2))
+    run.fit(Recorder(folder=tmp_path), make(batch_size=4, eval_batch_size=2, flip=flip))
     (seen0, validated0), (seen1, validated1) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert one.seen == [(n, i + j, x + y) for (n, i, x), (_, j, y) in zip(seen0, seen1, strict=True)]
     assert len(validated0) == len(validated1)
@@ -203,6 +203,54 @@ def test_training_is_binarised_anew_and_evaluation_once() -> None:
     assert torch.equal(fixed, data.part("test").images)
     assert not torch.equal(fixed, images(make(seed=2).test_dataloader()))
     assert set(fixed.unique().tolist()) == {0, 1}
+
+
+def mirrored(data: Images, numbers: range) -> Tensor:
+    """Which images of the training batches come mirrored: all others come as they are."""
+    found, stream = [], data.train_dataloader()
+    for number in numbers:
+        batch = stream[number]
+        true, shown = data.splits.train.images[batch.index], data.on_after_batch_transfer(batch).x
+        same, turned = ((shown == each).flatten(1).all(1) for each in (true, true[..., range(true.shape[3])[::-1]]))
+        assert (same ^ turned).all()
+        found.append(turned)
+    return torch.stack(found)
+
+
+def test_every_second_training_image_is_mirrored() -> None:
+    """By a function of seed and number, for each image by itself, and whatever has been drawn before."""
+    data = make(dataset=toy_grey, flip=True)
+    found = mirrored(data, range(500))
+    assert abs(found.double().mean() - 0.5) < 4.5 * 0.5 / found.numel() ** 0.5
+    pairs = torch.bincount(2 * found[:, 0].long() + found[:, 1].long(), minlength=4)
+    assert ((pairs - 125).abs() < 4.5 * (125 * 0.75) ** 0.5).all()
+    assert torch.equal(mirrored(make(dataset=toy_grey, flip=True), range(7, 9)), found[7:9])
+    assert not torch.equal(mirrored(make(dataset=toy_grey, flip=True, seed=2), range(20)), found[:20])
+    assert not mirrored(make(dataset=toy_grey), range(20)).any()
+
+
+def test_evaluation_is_never_mirrored() -> None:
+    plain, flipped = make(dataset=toy_grey), make(dataset=toy_grey, flip=True)
+    for name in ("train", "validation", "test"):
+        assert torch.equal(flipped.part(name).images, plain.part(name).images)
+    for ours, theirs in (
+        (flipped.val_dataloader(), plain.val_dataloader()),
+        (flipped.test_dataloader(), plain.test_dataloader()),
+    ):
+        for batch, other in zip(ours, theirs, strict=True):
+            assert torch.equal(flipped.on_after_batch_transfer(batch).x, other.x)
+
+
+def test_a_binarised_image_is_mirrored_as_it_is_drawn() -> None:
+    """The pixels are those without mirrors: only their places change."""
+    plain, flipped = make(), make(flip=True)
+    turned = mirrored(make(dataset=toy_grey, flip=True), range(50))
+    for number, each in enumerate(turned):
+        drawn = plain.on_after_batch_transfer(plain.train_dataloader()[number]).x
+        shown = flipped.on_after_batch_transfer(flipped.train_dataloader()[number]).x
+        assert set(shown.unique().tolist()) <= {0, 1}
+        for image, before, mirror in zip(shown.tolist(), drawn.tolist(), each.tolist(), strict=True):
+            assert image == [[row[::-1] if mirror else row for row in channel] for channel in before]
 
 
 def test_other_sets_pass_unchanged() -> None:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy.special import logsumexp
 from scipy.stats import norm
-from tiny import images, settings, tiny
+from tiny import images, settings, shaken, tiny, widened
 from torch import Tensor
 
 from vlae.data import Images
@@ -26,13 +26,15 @@ X = images()[[7, 100, 273]]
 KEY = (0, "test")
 
 
-def wide(code: int) -> VLAE:
-    """A model whose q is wider than the posterior, as the weights' variance would not be finite otherwise."""
-    model = tiny(code=code)
-    with torch.no_grad():
-        model.encoder.net[-1].weight[code:] = 0
-        model.encoder.net[-1].bias[code:] = 0.7
-    return model
+TOYS = [((1, 3, 3), 1), ((1, 3, 3), 2), ((1, 2, 3), [1, 1, 2]), ((1, 2, 2), [2, 1, 1])]
+over_toys = pytest.mark.parametrize(("shape", "code"), TOYS, ids=str)
+
+
+def toy(shape: tuple[int, int, int], code: int | list[int]) -> tuple[VLAE, Tensor]:
+    """A model, and images of it."""
+    x = images(shape)
+    model = widened(tiny(shape, code=code, scale=isinstance(code, int)))
+    return model, x[[7 * len(x) // 512, 100 * len(x) // 512, 273 * len(x) // 512]]
 
 
 def grid(code: int, step: float = 0.25, reach: float = 8.0) -> tuple[Tensor, np.ndarray]:
@@ -70,26 +72,28 @@ def close(one: Estimate, other: Estimate, size: float) -> None:
     torch.testing.assert_close(torch.stack(one), torch.stack(other), rtol=size, atol=size)
 
 
-@pytest.mark.parametrize("code", [1, 2])
-def test_estimates_converge_to_the_exact_log_likelihood(code: int) -> None:
-    model, (eps, weight) = wide(code), grid(code)
+@over_toys
+def test_estimates_converge_to_the_exact_log_likelihood(shape: tuple[int, int, int], code: int | list[int]) -> None:
+    model, X = toy(shape, code)
+    eps, weight = grid(model.prior.code)
     z = model.prior.inverse(eps)
     truth = torch.tensor([logsumexp(log_px(model, x, z) + weight) for x in X.split(1)])
     errors = []
     for samples in (16, 256, 4096):
-        draws = torch.randn(samples, len(X), code, dtype=torch.float64)
+        draws = torch.randn(samples, len(X), model.prior.code, dtype=torch.float64)
         found = log_likelihood(model, X, draws.split(1024))
         error = found.log_px - truth
         standard = (1 / found.ess - 1 / samples).sqrt()  # of a mean of weights, relative to it
         assert (error.abs() < 4 * standard + 2 * standard**2).all()
         errors.append(error.abs().max().item())
-    assert errors[2] < 0.03 < errors[0]
+    assert errors[2] < 0.05 < errors[0]
 
 
-@pytest.mark.parametrize("code", [1, 2])
-def test_of_one_sample_it_is_the_elbo(code: int) -> None:
-    model, (eps, weight) = wide(code), grid(code)
-    draws = torch.randn(1024, len(X), code, dtype=torch.float64)
+@over_toys
+def test_of_one_sample_it_is_the_elbo(shape: tuple[int, int, int], code: int | list[int]) -> None:
+    model, X = toy(shape, code)
+    eps, weight = grid(model.prior.code)
+    draws = torch.randn(1024, len(X), model.prior.code, dtype=torch.float64)
     one = [log_likelihood(model, X, [draw[None]]) for draw in draws[:8]]
     with torch.no_grad():
         for found, draw in zip(one, draws, strict=False):
@@ -107,8 +111,10 @@ def test_of_one_sample_it_is_the_elbo(code: int) -> None:
                 assert abs(value.item() - mean) < 4 * deviation
 
 
-def test_it_is_what_a_plain_loop_finds() -> None:
-    model, samples = tiny(), 20
+@pytest.mark.parametrize("maps", [False, True])
+def test_it_is_what_a_plain_loop_finds(maps: bool) -> None:
+    model, samples = tiny(maps=maps, scale=not maps), 20
+    model = widened(model) if maps else model
     found, expected = estimates(model, X, KEY, samples, chunk=40), plain(model, KEY, samples)
     close(found, expected, 1e-6)
     assert (found.ess > 1).all()
@@ -116,8 +122,9 @@ def test_it_is_what_a_plain_loop_finds() -> None:
 
 
 @pytest.mark.parametrize("likelihood", ["Bernoulli", "LogisticMixture"])
-def test_batch_and_chunk_do_not_matter(likelihood: str) -> None:
-    model = tiny(levels=2, likelihood=likelihood).float()
+@pytest.mark.parametrize("maps", [False, True])
+def test_batch_and_chunk_do_not_matter(maps: bool, likelihood: str) -> None:
+    model = tiny(levels=2, maps=maps, likelihood=likelihood, scale=not maps).float()  # scales of 8 numbers multiply
     for samples, chunks in ((3, (1, 2, 3, 6)), (BLOCK + 3, (50, BLOCK, 3 * BLOCK))):
         whole = estimates(model, X, KEY, samples, chunk=10_000)
         for chunk in chunks:
@@ -159,8 +166,10 @@ def test_without_a_code_it_is_exact() -> None:
         close(found, expected, 1e-12)
 
 
-def test_networks_may_run_in_half_precision() -> None:
-    model, eps = tiny().float(), torch.randn(64, len(X), 2)
+@pytest.mark.parametrize("code", [2, [2, 2, 2]])
+def test_networks_may_run_in_half_precision(code: int | list[int]) -> None:
+    model = shaken(build(settings(code), (1, 3, 3), 2), 0.1).float()
+    eps = torch.randn(64, len(X), model.prior.code)
     with torch.autocast("cpu", torch.bfloat16):
         half = log_likelihood(model, X, [eps])
     assert all(values.dtype == torch.float64 for values in half)

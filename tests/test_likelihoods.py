@@ -70,7 +70,7 @@ def test_mixture_is_differences_of_logistic_cdfs(levels: int, components: int) -
     means = means + (np.linspace(-1, 1, components) if components > 1 else np.zeros(1))[:, None]
     step = 2 / (levels - 1)
     edges = [-np.inf, *(-1 + step * (v + 0.5) for v in range(levels - 1)), np.inf]
-    logistic = scipy.stats.logistic(means, np.exp(log_scales))
+    logistic = scipy.stats.logistic(means, np.exp(log_scales) / components)
     for v in range(levels):
         # from the nearer tail, where a difference of cdfs keeps its digits
         below = logistic.cdf(edges[v + 1]) - logistic.cdf(edges[v])
@@ -98,10 +98,10 @@ def test_colour_is_a_mixture_of_pixels(components: int) -> None:
         log_scales,
         strict=True,
     ):
-        logistic = scipy.stats.logistic(mean + spread, np.exp(log_scale))
+        logistic = scipy.stats.logistic(mean + spread, np.exp(log_scale) / components)
         low, high = np.where(u == -1, -np.inf, u - 1 / 8), np.where(u == 1, np.inf, u + 1 / 8)
         mass = mass * (logistic.cdf(high) - logistic.cdf(low))
-    np.testing.assert_allclose(likelihood.log_prob(params, x), np.log(mass.sum(1)), rtol=1e-8)
+    np.testing.assert_allclose(likelihood.log_prob(params, x), np.log(mass.sum(1)), rtol=1e-6)  # float32 means
 
 
 def test_bernoulli_is_a_coin() -> None:
@@ -141,7 +141,48 @@ def test_frequencies_are_probabilities(likelihood: Likelihood) -> None:
     torch.testing.assert_close(frequency.double(), every_value(likelihood, params).exp()[0], rtol=0, atol=1.01 / count)
 
 
-@over_likelihoods
+def conditional(params: np.ndarray, earlier: list[int], levels: int) -> np.ndarray:
+    """P(value at most v) for all v of a pixel's next channel, from one column [3 channels, M components] of params."""
+    kinds = params.reshape(10, -1)
+    means, log_scales, coefficients = kinds[1:4], np.clip(kinds[4:7] - np.log(len(kinds[0])), -7, 7), np.tanh(kinds[7:])
+    spread = np.linspace(-1, 1, kinds.shape[1]) if kinds.shape[1] > 1 else np.zeros(1)
+    level = np.linspace(-1, 1, levels)
+    edges = np.array([-np.inf, *(level[1:] + level[:-1]) / 2, np.inf])
+    weight = np.exp(kinds[0] - kinds[0].max())
+    for c in range(len(earlier) + 1):
+        moved = {0: 0.0, 1: coefficients[0], 2: coefficients[1]}[c] * (level[earlier[0]] if c else 0.0)
+        moved = moved + (coefficients[2] * level[earlier[1]] if c == 2 else 0.0)
+        logistic = scipy.stats.logistic(means[c] + spread + moved, np.exp(log_scales[c]))
+        if c == len(earlier):
+            return (weight / weight.sum() * logistic.cdf(edges[1:, None])).sum(1)
+        low, high = edges[earlier[c]], edges[earlier[c] + 1]
+        below, above = logistic.cdf(high) - logistic.cdf(low), logistic.sf(low) - logistic.sf(high)
+        weight = weight * np.maximum(below, above)  # from the nearer tail, where a difference keeps its digits
+    raise AssertionError
+
+
+@pytest.mark.parametrize("levels", [2, 3, 5, 17, 128, 255, 256])
+@pytest.mark.parametrize("components", [1, 4])
+def test_bisection_finds_the_value_at_which_the_cdf_passes(levels: int, components: int) -> None:
+    """Also at uniforms next to both ends, and at parameters that leave most values all but impossible."""
+    likelihood = LogisticMixture(channels=3, levels=levels, components=components)
+    last = float(np.nextafter(1, 0))
+    uniform = torch.cat([torch.rand(3, 20, dtype=torch.float64), torch.tensor([[0.0, 1e-9, 1 - 1e-9, last]] * 3)], 1)
+    for size in (0.5, 3.0):
+        params = size * torch.randn(1, likelihood.num_params, uniform.shape[1], dtype=torch.float64)
+        drawn = likelihood.sample(params, uniform[None])[0]
+        for n, (value, u) in enumerate(zip(drawn.T.tolist(), uniform.T.tolist(), strict=True)):
+            for c in range(3):
+                below = conditional(params[0, :, n].numpy(), value[:c], levels)
+                expected = int((below[:-1] <= u[c]).sum())
+                if value[c] != expected:  # where rounding decides
+                    assert abs(below[min(value[c], expected)] - u[c]) < 1e-12
+                    assert abs(value[c] - expected) == 1 or u[c] > 1 - 1e-8
+
+
+@pytest.mark.parametrize(
+    "likelihood", [*LIKELIHOODS, *(LogisticMixture(channels=3, levels=v, components=4) for v in (100, 256))], ids=name
+)
 def test_samples_stay_in_range_at_the_ends(likelihood: Likelihood) -> None:
     params = parameters(likelihood, 50, size=30.0).float()
     for uniform in (0.0, float(np.nextafter(np.float32(1), np.float32(0)))):

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import pickle
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,17 +12,24 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from scipy.stats import norm
-from tiny import SHAPE, images, settings, shaken, tiny
-from torch import Tensor
+from tiny import SHAPE, images, maps_for, settings, shaken, tiny, widened
+from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 
-from vlae.encoder import Encoder
+from vlae.encoder import Encoder, MapEncoder
 from vlae.layers import MaskedLinear
 from vlae.model import VLAE, Terms, build, load
 from vlae.objective import Objective
 
 KINDS = [("Bernoulli", 2), ("LogisticMixture", 17), ("LogisticMixture", 256)]
 over_kinds = pytest.mark.parametrize(("likelihood", "levels"), KINDS)
+MIXTURE = {"likelihood": "LogisticMixture"}
+MODELS: list[tuple[tuple[int, int, int], int, dict[str, Any]]] = [  # shape, levels, the rest
+    ((1, 5, 7), 2, {}),
+    ((1, 5, 7), 2, {"maps": True}),
+    ((3, 5, 7), 256, {"maps": True, "grey": True, **MIXTURE}),
+]
+over_models = pytest.mark.parametrize(("shape", "levels", "chosen"), MODELS, ids=["flat", "maps", "grey"])
 
 
 # encoder
@@ -30,30 +38,53 @@ over_kinds = pytest.mark.parametrize(("likelihood", "levels"), KINDS)
 @pytest.mark.parametrize("size", [(3, 3), (3, 64), (64, 3), (5, 7), (13, 17), (28, 28), (31, 30), (33, 64), (64, 64)])
 @pytest.mark.parametrize("widths", [[], [4], [4, 5, 6, 7]])
 def test_encoder_takes_any_size(size: tuple[int, int], widths: list[int]) -> None:
-    q = shaken(Encoder(shape=(2, *size), code=5, widths=widths, hidden=6))(torch.randn(3, 2, *size).double())
-    assert q.mean.shape == q.log_scale.shape == (3, 5)
-    assert torch.isfinite(q.mean).all()
+    shape = 2, *size
+    encoders = [(5, Encoder(shape=shape, code=5, widths=widths, hidden=6))]
+    if widths:
+        maps = maps_for(shape, 3, len(widths) - 1)
+        encoders += [(math.prod(maps), MapEncoder(shape=shape, code=maps, widths=widths, blocks=[1] * len(widths)))]
+    for numbers, encoder in encoders:
+        q = shaken(encoder)(torch.randn(3, *shape).double())
+        assert q.mean.shape == q.log_scale.shape == (3, numbers)
+        assert torch.isfinite(q.mean).all()
 
 
 @pytest.mark.parametrize("size", [(3, 3), (3, 64), (5, 7), (13, 17), (31, 30)])
+@pytest.mark.parametrize("maps", [False, True])
 @over_kinds
-def test_model_takes_any_size(size: tuple[int, int], likelihood: str, levels: int) -> None:
-    model = tiny((1, *size), levels, likelihood=likelihood)
-    terms = model(torch.randint(levels, (2, 1, *size)), torch.randn(2, 2).double())
+def test_model_takes_any_size(maps: bool, size: tuple[int, int], likelihood: str, levels: int) -> None:
+    model = tiny((1, *size), levels, maps=maps, likelihood=likelihood)
+    terms = model(torch.randint(levels, (2, 1, *size)), torch.randn(2, model.prior.code).double())
     assert terms.log_px.shape == (2, *size)
     assert terms.rate.shape == terms.distortion.shape == terms.elbo.shape == (2,)
     assert torch.isfinite(terms.elbo).all()
 
 
-def test_every_pixel_reaches_the_posterior() -> None:
-    encoder = shaken(Encoder(shape=(1, 7, 9), code=3, widths=[4, 6], hidden=10))
-    rows = jacobian(lambda u: torch.cat([*encoder(u)], 1)[0], torch.randn(1, 1, 7, 9).double())
+@pytest.mark.parametrize("blocks", [None, [1, 1], [0, 1]])
+def test_every_pixel_reaches_the_posterior(blocks: list[int] | None) -> None:
+    shape = 1, 7, 9
+    if blocks:
+        encoder: nn.Module = MapEncoder(shape=shape, code=maps_for(shape), widths=[4, 6], blocks=blocks)
+    else:
+        encoder = Encoder(shape=shape, code=3, widths=[4, 6], hidden=10)
+    shaken(encoder, 0.1)  # no log-scale at its clamp
+    rows = jacobian(lambda u: torch.cat([*encoder(u)], 1)[0], torch.randn(1, *shape).double())
     assert (rows != 0).all()
 
 
-def test_posterior_density_is_a_normal() -> None:
-    q = tiny().encode(images()[:7])
-    eps = torch.randn(7, 2).double()
+def test_without_blocks_a_place_of_the_code_sees_the_pixels_around_it() -> None:
+    encoder = shaken(MapEncoder(shape=(3, 7, 9), code=[2, 4, 5], widths=[4, 6], blocks=[0, 0]))
+    rows = jacobian(lambda u: torch.cat([*encoder(u)], 1)[0], torch.randn(1, 3, 7, 9).double())
+    row, column = torch.arange(7), torch.arange(9)
+    for (i, j), seen in zip(product(range(4), range(5)), (rows != 0).view(4, 20, 3, 7, 9).unbind(1), strict=True):
+        around = ((row - 2 * i).abs() <= 2)[:, None] & ((column - 2 * j).abs() <= 2)  # 3x3, then 3x3 of stride 2
+        assert torch.equal(seen, around.expand_as(seen))
+
+
+@over_models
+def test_posterior_density_is_a_normal(shape: tuple[int, int, int], levels: int, chosen: dict[str, Any]) -> None:
+    q = tiny(shape, levels, **chosen).encode(torch.randint(levels, (7, *shape)))
+    eps = torch.randn_like(q.mean)
     z, log_qz = q.rsample_with_log_prob(eps)
     scipy = norm(q.mean.detach().numpy(), q.log_scale.exp().detach().numpy()).logpdf(z.detach().numpy()).sum(1)
     torch.testing.assert_close(log_qz.detach(), torch.from_numpy(scipy))
@@ -94,8 +125,19 @@ def log_joint_of_code(model: VLAE, z: Tensor) -> Tensor:
     return torch.from_numpy(norm.logpdf(eps.numpy()).sum(1)) + log_det
 
 
-def test_probabilities_of_all_images_sum_to_one() -> None:
-    assert exact(tiny(code=1), images()).exp().sum().item() == pytest.approx(1, abs=1e-6)
+TOYS: list[tuple[tuple[int, int, int], int | list[int]]] = [  # enumerated: the images, and codes by a grid
+    (SHAPE, 1),
+    (SHAPE, 2),
+    ((1, 2, 3), [1, 1, 2]),
+    ((1, 2, 2), [2, 1, 1]),
+]
+over_toys = pytest.mark.parametrize(("shape", "code"), TOYS, ids=str)
+
+
+@pytest.mark.parametrize(("shape", "code"), [TOYS[0], *TOYS[2:]], ids=str)
+def test_probabilities_of_all_images_sum_to_one(shape: tuple[int, int, int], code: int | list[int]) -> None:
+    total = exact(tiny(shape, code=code), images(shape), step=0.5).exp().sum().item()
+    assert total == pytest.approx(1, abs=1e-6)
 
 
 def test_without_a_code_the_elbo_is_exact() -> None:
@@ -104,15 +146,15 @@ def test_without_a_code_the_elbo_is_exact() -> None:
         assert elbo.exp().sum().item() == pytest.approx(1, abs=1e-12)
 
 
-@pytest.mark.parametrize("code", [1, 2])
-def test_bounds_rise_with_samples_and_stay_below_the_truth(code: int) -> None:
-    model, x, count = tiny(code=code), images()[[7, 100, 273, 504]], 64 * 128
-    with torch.no_grad():
-        model.encoder.net[-1].weight[code:] = 0
-        model.encoder.net[-1].bias[code:] = 0.7  # q wider than the posterior, or the weights have heavy tails
+@over_toys
+def test_bounds_rise_with_samples_and_stay_below_the_truth(shape: tuple[int, int, int], code: int | list[int]) -> None:
+    model, count = widened(tiny(shape, code=code, scale=isinstance(code, int))), 64 * 128
+    x = images(shape)
+    x = x[[7 * len(x) // 512, 100 * len(x) // 512, 273 * len(x) // 512, -8]]
     truth = exact(model, x)
     with torch.no_grad():
-        elbos = torch.stack([model(one.expand(count, -1, -1, -1), torch.randn(count, code).double()).elbo for one in x])
+        noise = (torch.randn(count, model.prior.code).double() for _ in x)
+        elbos = torch.stack([model(one.expand(count, -1, -1, -1), eps).elbo for one, eps in zip(x, noise, strict=True)])
 
     def bound(samples: int) -> Tensor:
         return (elbos.unflatten(1, (-1, samples)).logsumexp(2) - math.log(samples)).mean(1)
@@ -138,17 +180,21 @@ def test_rate_is_the_divergence_from_the_prior() -> None:
     torch.testing.assert_close(sampled, divergence, rtol=1e-3, atol=1e-3)
 
 
-def test_autoregressive_prior_is_an_inverse_autoregressive_posterior() -> None:
+@pytest.mark.parametrize(("shape", "code"), [(SHAPE, 3), (SHAPE, [2, 2, 2]), ((1, 2, 5), [1, 1, 3])])
+def test_autoregressive_prior_is_an_inverse_autoregressive_posterior(
+    shape: tuple[int, int, int], code: int | list[int]
+) -> None:
     """VLAE section 3.2: the flow moved from the prior into the posterior, without context, gives the same objective."""
-    model, x, eps = tiny(code=3), images()[::37], torch.randn(14, 3).double()
+    model, x = tiny(shape, code=code), images(shape)[::37]
+    eps = torch.randn(len(x), model.prior.code).double()
     q = model.encode(x)
     base = q.mean + q.log_scale.exp() * eps
     log_base = torch.from_numpy(norm.logpdf(eps.numpy()).sum(1)) - q.log_scale.sum(1)
     for k, start in enumerate(base):
-        code = model.prior(start[None])[0]  # the posterior's code: its own flow applied to its base
+        moved = model.prior(start[None])[0]  # the posterior's code: its own flow applied to its base
         log_qz = log_base[k] - torch.linalg.slogdet(jacobian(lambda v: model.prior(v[None])[0][0], start))[1]
-        log_pz = norm.logpdf(code.detach().numpy()).sum()
-        h = model.decoder.features(model.prior.inverse(code))
+        log_pz = norm.logpdf(moved.detach().numpy()).sum()
+        h = model.decoder.features(model.prior.inverse(moved))
         log_px = model.likelihood.log_prob(model.decoder(model.unit(x[k : k + 1]), h), x[k : k + 1]).sum()
         torch.testing.assert_close(model(x[k : k + 1], eps[k : k + 1]).elbo[0], log_px + log_pz - log_qz)
 
@@ -175,31 +221,37 @@ def test_unit_reaches_from_minus_one_to_one(levels: int) -> None:
     assert torch.equal(model.unit(x.byte()), model.unit(x))
 
 
-@over_kinds
-def test_bytes_are_integers_too(likelihood: str, levels: int) -> None:
-    model, eps = tiny(levels=levels, likelihood=likelihood), torch.randn(4, 2).double()
-    x = torch.randint(levels, (4, *SHAPE))
+@over_models
+def test_bytes_are_integers_too(shape: tuple[int, int, int], levels: int, chosen: dict[str, Any]) -> None:
+    model, x = tiny(shape, levels, **chosen), torch.randint(levels, (4, *shape))
+    eps = torch.randn(4, model.prior.code).double()
     assert torch.equal(model(x.byte(), eps).elbo, model(x, eps).elbo)
 
 
 @pytest.mark.parametrize("window", ["none", "3x2", "7x4"])
 @pytest.mark.parametrize("depth", [0, 3])
-@pytest.mark.parametrize("code", [0, 2])
-def test_a_fresh_bernoulli_model_is_uniform(window: str, depth: int, code: int) -> None:
+@pytest.mark.parametrize("code", [0, 2, [2, 3, 4]])
+def test_a_fresh_bernoulli_model_is_uniform(window: str, depth: int, code: int | list[int]) -> None:
     model = build(settings(code=code, window=window, depth=depth), (1, 5, 7), 2).double()
     x = torch.randint(2, (6, 1, 5, 7))
     expected = torch.full((6,), 35 * math.log(2), dtype=torch.float64)
-    torch.testing.assert_close(model(x, torch.randn(6, code).double()).distortion, expected, rtol=1e-14, atol=0)
+    torch.testing.assert_close(
+        model(x, torch.randn(6, model.prior.code).double()).distortion, expected, rtol=1e-14, atol=0
+    )
 
 
 @over_kinds
-@pytest.mark.parametrize("code", [0, 4])
+@pytest.mark.parametrize("code", [0, 4, [2, 4, 5]])
 @pytest.mark.parametrize("window", ["none", "3x2"])
 @pytest.mark.parametrize("scale", [False, True])
-def test_every_parameter_gets_a_gradient(likelihood: str, levels: int, code: int, window: str, scale: bool) -> None:
-    model = tiny((1, 7, 9), levels, code=code, window=window, likelihood=likelihood, scale=scale)
-    x = torch.randint(levels, (16, 1, 7, 9))
-    model(x, torch.randn(16, code).double()).elbo.mean().backward()
+def test_every_parameter_gets_a_gradient(
+    likelihood: str, levels: int, code: int | list[int], window: str, scale: bool
+) -> None:
+    colour = isinstance(code, list) and likelihood != "Bernoulli"
+    shape = 1 + 2 * colour, 7, 9
+    model = tiny(shape, levels, code=code, window=window, likelihood=likelihood, scale=scale, grey=colour, dropout=0.2)
+    x = torch.randint(levels, (16, *shape))
+    model(x, torch.randn(16, model.prior.code).double()).elbo.mean().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name
@@ -208,14 +260,16 @@ def test_every_parameter_gets_a_gradient(likelihood: str, levels: int, code: int
             assert (module.weight.grad[module.mask == 0] == 0).all()
 
 
-def test_images_of_a_batch_do_not_mix() -> None:
-    model, x, eps = tiny((1, 5, 7)), torch.randint(2, (5, 1, 5, 7)), torch.randn(5, 2).double()
+@over_models
+def test_images_of_a_batch_do_not_mix(shape: tuple[int, int, int], levels: int, chosen: dict[str, Any]) -> None:
+    model, x = tiny(shape, levels, **chosen), torch.randint(levels, (5, *shape))
+    eps = torch.randn(5, model.prior.code).double()
     alone = torch.cat([model(x[k : k + 1], eps[k : k + 1]).elbo for k in range(5)])
     torch.testing.assert_close(model(x, eps).elbo, alone, rtol=1e-12, atol=1e-12)
 
 
-def changed(path: str, value: Any) -> dict[str, Any]:
-    model: dict[str, Any] = settings()
+def changed(path: str, value: Any, code: int | list[int] = 2) -> dict[str, Any]:
+    model: dict[str, Any] = settings(code)
     *sections, key = path.split(".")
     place = model
     for section in sections:
@@ -269,6 +323,32 @@ def test_build_refuses_and_names_the_key(path: str, value: Any, named: str) -> N
     assert "model" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        ("code", [2, 3, 3], "model.code=[2, 3, 3]: 2 widths on images [1, 3, 3] need maps such as [2, 2, 2]"),
+        ("code", [2, 2], "model.code=[2, 2]: must be an integer"),
+        ("code", [2, 0, 2], "model.code=[2, 0, 2]: must be an integer"),
+        ("code", 8, "code=8"),
+        ("code", 0, "code=0"),
+        ("encoder", settings()["encoder"], "code=[2, 2, 2]"),
+        ("prior", settings()["prior"], "code=[2, 2, 2]"),
+        ("prior", settings(depth=0)["prior"], "code=[2, 2, 2]"),
+        ("decoder", settings()["decoder"], "code=[2, 2, 2]"),
+        ("encoder.blocks", [1], "model.encoder: blocks=[1]: one number for each of widths=[4, 6]"),
+        ("decoder.widths", [4, 6, 8], "model.decoder: blocks=[1, 1]: one number for each of widths=[4, 6, 8]"),
+        ("decoder.grey", True, "model.decoder: grey=true"),
+        ("decoder.dropout", 1.0, "model.decoder: dropout=1.0"),
+        ("prior.receptive_field", "none", "model.prior: receptive_field=none"),
+    ],
+)
+def test_build_refuses_maps_that_do_not_fit(path: str, value: Any, named: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        build(changed(path, value, [2, 2, 2]), SHAPE, 2)
+    assert named in str(caught.value)
+    assert "model." in str(caught.value)
+
+
 def test_build_refuses_images_that_the_likelihood_cannot_model() -> None:
     with pytest.raises(ValueError) as caught:
         build(settings(), SHAPE, 17)
@@ -302,17 +382,21 @@ ENDINGS = ["ckpt", "safetensors"]
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-@over_kinds
-def test_a_stored_model_opens_alone(tmp_path: Path, ending: str, likelihood: str, levels: int) -> None:
-    chosen = settings(likelihood=likelihood)
-    model = tiny((1, 5, 7), levels, likelihood=likelihood).float().eval()
-    opened = load(store(model, chosen, levels, tmp_path / f"one.{ending}"))
+@pytest.mark.parametrize(
+    ("shape", "levels", "chosen"),
+    [*(((1, 5, 7), levels, {"likelihood": likelihood}) for likelihood, levels in KINDS), *MODELS[1:]],
+)
+def test_a_stored_model_opens_alone(
+    tmp_path: Path, ending: str, shape: tuple[int, int, int], levels: int, chosen: dict[str, Any]
+) -> None:
+    model = tiny(shape, levels, **chosen).float().eval()
+    opened = load(store(model, model.description["model"], levels, tmp_path / f"one.{ending}"))
     assert not opened.training
     assert {p.dtype for p in opened.parameters()} == {torch.float32}
     assert opened.state_dict().keys() == model.state_dict().keys()
     for name, value in model.state_dict().items():
         assert torch.equal(opened.state_dict()[name], value), name
-    x, eps = torch.randint(levels, (3, 1, 5, 7)), torch.randn(3, 2)
+    x, eps = torch.randint(levels, (3, *shape)), torch.randn(3, model.prior.code)
     assert torch.equal(opened(x, eps).elbo, model(x, eps).elbo)
 
 

@@ -11,11 +11,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlae.decoder import window
 from vlae.model import VLAE
-from vlae.sampling import complete, decode, interpolate, reconstruct, sample, scan, waves
+from vlae.sampling import complete, decode, interpolate, reconstruct, sample, scan
+from vlae.window import waves, window
 
 CPU = torch.device("cpu")
+MAPS = [  # shape, levels, the rest
+    ((1, 7, 5), 2, {}),
+    ((3, 5, 6), 256, {"likelihood": "LogisticMixture"}),
+    ((3, 6, 5), 17, {"likelihood": "LogisticMixture", "grey": True}),
+]
+over_maps = pytest.mark.parametrize(("shape", "levels", "chosen"), MAPS, ids=["binary", "colour", "grey"])
 KINDS = [  # likelihood, channels, levels
     ("Bernoulli", 1, 2),
     ("LogisticMixture", 1, 256),
@@ -102,6 +108,14 @@ def test_scan_is_raster_order(
 
 
 @over_windows
+@over_maps
+def test_scan_is_raster_order_from_maps(
+    receptive_field: str, shape: tuple[int, int, int], levels: int, chosen: dict[str, Any]
+) -> None:
+    assert meets_raster_order(tiny(shape, levels, maps=True, window=receptive_field, dropout=0.3, **chosen).eval(), 3)
+
+
+@over_windows
 def test_scan_is_raster_order_without_a_code(receptive_field: str) -> None:
     assert meets_raster_order(tiny((1, 5, 8), code=0, window=receptive_field), 4)
 
@@ -124,12 +138,13 @@ def test_scan_is_raster_order_on_larger_images(
 
 
 @over_windows
-@pytest.mark.parametrize("code", [0, 2])
+@pytest.mark.parametrize("code", [0, 2, [2, 3, 4]])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_scan_meets_the_parameters_of_forward(receptive_field: str, code: int, channels: int) -> None:
-    model = tiny((channels, 5, 7), 17, code=code, window=receptive_field, likelihood="LogisticMixture")
+def test_scan_meets_the_parameters_of_forward(receptive_field: str, code: int | list[int], channels: int) -> None:
+    grey, likelihood = channels == 3, "LogisticMixture"
+    model = tiny((channels, 5, 7), 17, code=code, window=receptive_field, likelihood=likelihood, grey=grey)
     x = torch.randint(17, (3, channels, 5, 7))
-    h = model.decoder.features(torch.randn(3, code, dtype=torch.float64))
+    h = model.decoder.features(torch.randn(3, model.prior.code, dtype=torch.float64))
     met = torch.full((3, model.likelihood.num_params, 5, 7), torch.nan, dtype=torch.float64)
 
     def look_up(params: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -140,14 +155,14 @@ def test_scan_meets_the_parameters_of_forward(receptive_field: str, code: int, c
     torch.testing.assert_close(met, model.decoder(model.unit(x), h).detach(), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("code", [0, 2])
+@pytest.mark.parametrize("code", [0, 2, [2, 3, 4]])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("cut", [0, 2])
-def test_images_do_not_depend_on_their_batch(code: int, channels: int, cut: int) -> None:
+def test_images_do_not_depend_on_their_batch(code: int | list[int], channels: int, cut: int) -> None:
     model = tiny((channels, 5, 7), 17, code=code, likelihood="LogisticMixture")
     eps, uniform = noise(model, 5)
     x, pick = torch.randint(17, (5, channels, 5, 7)), torch.rand(5)
-    more = torch.randn(6, 5, code, dtype=torch.float64)
+    more = torch.randn(6, 5, model.prior.code, dtype=torch.float64)
     along = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
 
     def drawn(part: slice) -> list[Tensor]:
@@ -201,9 +216,9 @@ def test_a_wave_leaves_nothing_behind(receptive_field: str) -> None:
     assert all(len(values) == 1 for values in alike.values()), alike
 
 
-@pytest.mark.parametrize("code", [3, 20])
-def test_codes_from_noise_cost_no_more_than_noise_from_codes(code: int) -> None:
-    model = tiny(code=code, width=30)
+@pytest.mark.parametrize("code", [3, 20, [5, 4, 4]])
+def test_codes_from_noise_cost_no_more_than_noise_from_codes(code: int | list[int]) -> None:
+    model = tiny((1, 8, 8), code=code, width=30)
     eps, _ = noise(model, 4)
     with FlopCounterMode(display=False) as forward:
         model.prior(eps)
@@ -212,10 +227,15 @@ def test_codes_from_noise_cost_no_more_than_noise_from_codes(code: int) -> None:
     assert 0 < inverse.get_total_flops() <= forward.get_total_flops()  # each hidden unit once
 
 
-def test_sample_and_reconstruct_decode_the_codes_of_prior_and_posterior() -> None:
-    model = tiny((1, 5, 7), 2)
+@pytest.mark.parametrize(
+    ("shape", "levels", "chosen"), [((1, 5, 7), 2, {}), *((*kind[:2], {"maps": True, **kind[2]}) for kind in MAPS)]
+)
+def test_sample_and_reconstruct_decode_the_codes_of_prior_and_posterior(
+    shape: tuple[int, int, int], levels: int, chosen: dict[str, Any]
+) -> None:
+    model = tiny(shape, levels, **chosen)
     eps, uniform = noise(model, 4)
-    x = torch.randint(2, (4, 1, 5, 7))
+    x = torch.randint(levels, (4, *shape))
     z = model.prior.inverse(eps)
     torch.testing.assert_close(model.prior(z)[0], eps)
     assert torch.equal(sample(model, eps, uniform), raster(model, z, uniform))

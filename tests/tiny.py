@@ -22,29 +22,58 @@ def shaken(module: nn.Module, size: float = 0.3) -> nn.Module:
     return module
 
 
-def settings(code: int = 2, window: str = "3x2", likelihood: str = "Bernoulli", **prior: Any) -> dict[str, Any]:
-    """A `model` section; `prior` overrides its settings."""
+def settings(
+    code: int | list[int] = 2,
+    window: str = "3x2",
+    likelihood: str = "Bernoulli",
+    grey: bool = False,
+    dropout: float = 0.0,
+    **prior: Any,
+) -> dict[str, Any]:
+    """A `model` section, of a flat code or of maps; `prior` overrides its settings, the last two are for maps."""
+    flow = {"depth": 2, "width": 12, "scale": True}
+    encoder: dict[str, Any] = {"widths": [4, 6]}
+    decoder = {"receptive_field": window, "features": 5, "width": 8, "depth": 2, **encoder}
+    if isinstance(code, list):
+        flow["receptive_field"] = "3x2"
+        encoder["blocks"] = [1, 1]
+        decoder |= {"blocks": [1, 1], "grey": grey, "dropout": dropout}
+        names = "MapEncoder", "ConvAFPrior", "MapPixelCNN"
+    else:
+        for part in (encoder, decoder):
+            part["hidden"] = 10
+        names = "Encoder", "AFPrior", "PixelCNN"
     more = {"components": 3} if likelihood == "LogisticMixture" else {}
     return {
         "code": code,
-        "encoder": {"_target_": "vlae.encoder.Encoder", "widths": [4, 6], "hidden": 10},
-        "prior": {"_target_": "vlae.prior.AFPrior", "depth": 2, "width": 12, "scale": True, **prior},
-        "decoder": {
-            "_target_": "vlae.decoder.PixelCNN",
-            "receptive_field": window,
-            "features": 5,
-            "width": 8,
-            "depth": 2,
-            "widths": [4, 6],
-            "hidden": 10,
-        },
+        "encoder": {"_target_": f"vlae.encoder.{names[0]}", **encoder},
+        "prior": {"_target_": f"vlae.prior.{names[1]}", **flow, **prior},
+        "decoder": {"_target_": f"vlae.decoder.{names[2]}", **decoder},
         "likelihood": {"_target_": f"vlae.likelihoods.{likelihood}", **more},
     }
 
 
-def tiny(shape: tuple[int, int, int] = SHAPE, levels: int = 2, **chosen: Any) -> VLAE:
+def maps_for(shape: tuple[int, int, int], channels: int = 2, halvings: int = 1) -> list[int]:
+    """A code of maps for images of this shape."""
+    return [channels, ceil(shape[1] / 2**halvings), ceil(shape[2] / 2**halvings)]
+
+
+def tiny(shape: tuple[int, int, int] = SHAPE, levels: int = 2, maps: bool = False, **chosen: Any) -> VLAE:
     torch.manual_seed(0)
-    return shaken(build(settings(**chosen), shape, levels))  # type: ignore[return-value]
+    code = {"code": maps_for(shape)} if maps else {}
+    return shaken(build(settings(**code | chosen), shape, levels))  # type: ignore[return-value]
+
+
+def widened(model: VLAE) -> VLAE:
+    """With a q wider than the posterior, and not far from it, as the variance of importance weights would not be
+    finite otherwise."""
+    last = model.encoder.net[-1]  # type: ignore[union-attr, index]
+    with torch.no_grad():
+        for values, wide in ((last.weight, 0.0), (last.bias, 0.7)):  # type: ignore[union-attr]
+            values[len(values) // 2 :] = wide  # type: ignore[index, arg-type]
+            if isinstance(last, nn.Conv2d):
+                values[: len(values) // 2] *= 0.1  # type: ignore[index, operator]
+    return model
 
 
 def images(shape: tuple[int, int, int] = SHAPE) -> torch.Tensor:

@@ -91,14 +91,14 @@ class MapMade(nn.Module):
     def one_by_one(self, z: Float[Tensor, "B D"]) -> Iterator[Part]:
         """Where in the code, shifts and log-scales there: fill each part in before the next."""
         channels, height, width = self.code
-        maps = z.unflatten(1, (channels, -1))
+        maps = z.unflatten(1, (channels, height * width))
         for i, j in waves(self.window, height, width, z.device):
             position = i * width + j
             context = self.look(seen(maps, self.neighbours[position])).flatten(0, 1)
             here = z.new_zeros(len(context), channels)
             for c, shift, log_scale in self.channels.one_by_one(here, context):
                 where = c * height * width + position
-                yield where, shift.view(len(z), -1), log_scale.view(len(z), -1)
+                yield where, shift.view(len(z), len(position)), log_scale.view(len(z), len(position))
                 here[:, c] = z[:, where].flatten()
 
 

@@ -21,6 +21,9 @@ def construct(config: Any, where: str, allow: Iterable[str] = ("vlae.",), **size
     function = resolve(config.get("_target_"), where, allow)
     settings = {key: value for key, value in config.items() if key != "_target_"}
     check(function, settings, where, supplied=sizes)
+    for name, value in sizes.items():
+        if not fits(value, kind := signature(function, eval_str=True).parameters[name].annotation):
+            raise ValueError(f"{where}: {function.__qualname__} takes {name} of {describe(kind)}, not {name}={value!r}")
     try:
         return function(**settings, **sizes)
     except ValueError as error:
