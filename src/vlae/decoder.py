@@ -4,10 +4,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vlae.layers import ConvBlock, PixelBlock, Up, at_least, maps, pyramid
+from vlae.layers import ConvBlock, PixelBlock, Up, at_least, maps, pyramid, unit_gain
 from vlae.window import neighbours, seen, window
 
 LUMINANCE = 0.299, 0.587, 0.114
+CONTRAST = 3.0
 
 
 class Windowed(nn.Module):
@@ -15,7 +16,9 @@ class Windowed(nn.Module):
 
     The window is exact (no pixel less, none more, no blind spot), and since nothing after the look mixes pixels,
     `at` gives the parameters of a few pixels at the cost of those pixels. With `grey` the window shows the luminance
-    0.299 R + 0.587 G + 0.114 B alone, and the code has to keep colours (VLAE section 4.3).
+    0.299 R + 0.587 G + 0.114 B alone, and the code has to keep colours (VLAE section 4.3). With `contrast` it looks at
+    differences from the nearest pixel, enlarged: the same functions, but learned several times faster, as neighbours of
+    many levels are nearly equal.
 
     Raises:
         ValueError: for a bad window, a size below 1, a dropout outside [0, 1), or grey where there are no colours.
@@ -36,6 +39,7 @@ class Windowed(nn.Module):
         depth: int,
         grey: bool = False,
         dropout: float = 0.0,
+        contrast: bool = False,
     ):
         super().__init__()
         at_least(1, features=features, width=width)
@@ -45,6 +49,7 @@ class Windowed(nn.Module):
         if grey and shape[0] != 3:
             raise ValueError(f"grey=true: needs images of 3 channels, these have {shape[0]}")
         self.shape, self.window, self.grey = shape, window(receptive_field), grey
+        self.contrast = contrast
         self.register_buffer("neighbours", neighbours(self.window, *shape[1:]), persistent=False)
         self.register_buffer("luminance", torch.tensor(LUMINANCE), persistent=False)
         self.trunk = trunk
@@ -65,7 +70,11 @@ class Windowed(nn.Module):
     ) -> Float[Tensor, "B P n"]:
         if self.look is not None:
             shown = torch.einsum("bchw,c->bhw", u, self.luminance.to(u))[:, None] if self.grey else u
-            h = h + self.look(seen(shown.flatten(2), neighbours))
+            values = seen(shown.flatten(2), neighbours)
+            if self.contrast:
+                others, nearest = values.unflatten(2, (-1, len(self.window))).split([len(self.window) - 1, 1], 3)
+                values = torch.cat([CONTRAST**2 * (others - nearest), CONTRAST * nearest], 3).flatten(2)
+            h = h + self.look(values)
         return self.head(self.blocks(h)).mT.expand(max(len(u), len(h)), -1, -1)
 
     def forward(self, u: Float[Tensor, "#B C H W"], h: Float[Tensor, "#B F H W"]) -> Float[Tensor, "B P H W"]:
@@ -149,7 +158,7 @@ class MapPixelCNN(Windowed):
             layers += [nn.ELU(), Up(widths[level], widths[level - 1], sizes[level - 1])] if level else []
         layers += [nn.ELU(), nn.Conv2d(widths[0], features, 1)]
         super().__init__(
-            nn.Sequential(*layers),
+            unit_gain(nn.Sequential(*layers)),
             shape=shape,
             num_params=num_params,
             receptive_field=receptive_field,
@@ -158,4 +167,5 @@ class MapPixelCNN(Windowed):
             depth=depth,
             grey=grey,
             dropout=dropout,
+            contrast=True,
         )

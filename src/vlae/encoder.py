@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vlae.layers import ConvBlock, at_least, full, maps, normal_log_prob, pyramid
+from vlae.layers import ConvBlock, at_least, full, maps, normal_log_prob, pyramid, unit_gain
 
 
 class Normal(NamedTuple):
@@ -61,7 +61,7 @@ class MapEncoder(nn.Module):
             if level:
                 layers.append(nn.Conv2d(widths[level - 1], width, 3, stride=2, padding=1))
             layers += [ConvBlock(width) for _ in range(count)]
-        self.net = nn.Sequential(*layers, nn.ELU(), nn.Conv2d(widths[-1], 2 * code[0], 1))
+        self.net = unit_gain(nn.Sequential(*layers, nn.ELU(), nn.Conv2d(widths[-1], 2 * code[0], 1)))
 
     def forward(self, u: Float[Tensor, "B C H W"]) -> Normal:
         mean, log_scale = full(self.net(u.contiguous(memory_format=torch.channels_last))).chunk(2, 1)

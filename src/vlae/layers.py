@@ -90,6 +90,15 @@ class ConvBlock(nn.Module):
         return x + self.out(F.elu(self.conv(F.group_norm(F.elu(x), 1))))
 
 
+def unit_gain(net: nn.Sequential) -> nn.Sequential:
+    """Convolutions, but for those that start at zero, so that a signal keeps its size through all of them."""
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d) and layer.weight.any():
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    return net
+
+
 class Up(nn.Module):
     """Twice the size by a 3x3 convolution and a pixel shuffle, cut to the given size."""
 
