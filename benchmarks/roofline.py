@@ -33,7 +33,6 @@ from training import DATA, Loop, data_for, images_for, settings
 from vlae.layers import normal_log_prob
 from vlae.model import VLAE
 from vlae.records import commit, emit, hardware
-from vlae.window import seen
 
 Part = tuple[Callable[..., Any], list[Tensor], list[nn.Module]]  # what it computes, of what, with whose weights
 
@@ -43,7 +42,7 @@ def parts_of(model: VLAE, x: Tensor, eps: Tensor) -> dict[str, Part]:
     encoder, prior, decoder, likelihood = model.encoder, model.prior, model.decoder, model.likelihood
 
     def window(u: Tensor) -> Tensor:
-        return decoder.look(seen(u.flatten(2), decoder.neighbours))
+        return decoder.look(decoder.shown(u, decoder.neighbours))
 
     def pixelwise(h: Tensor, local: Tensor) -> Tensor:
         return decoder.head(decoder.blocks(h.flatten(2).mT + local)).mT.unflatten(2, h.shape[2:])

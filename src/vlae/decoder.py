@@ -17,8 +17,7 @@ class Windowed(nn.Module):
     The window is exact (no pixel less, none more, no blind spot), and since nothing after the look mixes pixels,
     `at` gives the parameters of a few pixels at the cost of those pixels. With `grey` the window shows the luminance
     0.299 R + 0.587 G + 0.114 B alone, and the code has to keep colours (VLAE section 4.3). With `contrast` it looks at
-    differences from the nearest pixel, enlarged: the same functions, but learned several times faster, as neighbours of
-    many levels are nearly equal.
+    differences from the nearest pixel, enlarged: the same functions, but learned faster, as neighbours are nearly equal.
 
     Raises:
         ValueError: for a bad window, a size below 1, a dropout outside [0, 1), or grey where there are no colours.
@@ -65,16 +64,21 @@ class Windowed(nn.Module):
         """What the code says about every pixel; one map for all images (b = 1) where the code is empty, else b = B."""
         return self.mix(self.trunk(z).movedim(1, -1)).movedim(-1, 1)
 
+    def shown(self, u: Float[Tensor, "#B C H W"], neighbours: Int[Tensor, "n N"]) -> Float[Tensor, "#B n _"]:
+        """What the look at the windows of n pixels is given."""
+        if self.grey:
+            u = torch.einsum("bchw,c->bhw", u, self.luminance.to(u))[:, None]
+        values = seen(u.flatten(2), neighbours)
+        if not self.contrast:
+            return values
+        others, nearest = values.unflatten(2, (-1, len(self.window))).split([len(self.window) - 1, 1], 3)
+        return torch.cat([CONTRAST**2 * (others - nearest), CONTRAST * nearest], 3).flatten(2)
+
     def pixels(
         self, u: Float[Tensor, "#B C H W"], h: Float[Tensor, "#B n F"], neighbours: Int[Tensor, "n N"]
     ) -> Float[Tensor, "B P n"]:
         if self.look is not None:
-            shown = torch.einsum("bchw,c->bhw", u, self.luminance.to(u))[:, None] if self.grey else u
-            values = seen(shown.flatten(2), neighbours)
-            if self.contrast:
-                others, nearest = values.unflatten(2, (-1, len(self.window))).split([len(self.window) - 1, 1], 3)
-                values = torch.cat([CONTRAST**2 * (others - nearest), CONTRAST * nearest], 3).flatten(2)
-            h = h + self.look(values)
+            h = h + self.look(self.shown(u, neighbours))
         return self.head(self.blocks(h)).mT.expand(max(len(u), len(h)), -1, -1)
 
     def forward(self, u: Float[Tensor, "#B C H W"], h: Float[Tensor, "#B F H W"]) -> Float[Tensor, "B P H W"]:
