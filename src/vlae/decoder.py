@@ -17,7 +17,7 @@ class Windowed(nn.Module):
     The window is exact (no pixel less, none more, no blind spot), and since nothing after the look mixes pixels,
     `at` gives the parameters of a few pixels at the cost of those pixels. With `grey` the window shows the luminance
     0.299 R + 0.587 G + 0.114 B alone, and the code has to keep colours (VLAE section 4.3). With `contrast` it looks at
-    differences from the nearest pixel, enlarged: the same functions, but learned faster, as neighbours are nearly equal.
+    differences from the nearest pixel, enlarged: the same functions, learned faster, as neighbours are nearly equal.
 
     Raises:
         ValueError: for a bad window, a size below 1, a dropout outside [0, 1), or grey where there are no colours.
