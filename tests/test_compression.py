@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import norm
-from tiny import settings, shaken, tiny
+from tiny import last_of, settings, shaken, tiny
 
 from vlae.codec import Codec
 from vlae.compression import BATCH, alike, compress, decompress, fingerprint, header, layout, seed
@@ -165,7 +165,7 @@ def test_length_is_the_bound(
     model = shaken(build(settings(window="4x2", code=code, scale=False, **more), shape, levels), 0.1).eval()
     x = draw(model, 700)
     with torch.no_grad():
-        scales = model.encoder.net[-1].bias
+        scales = last_of(model).bias
         scales[len(scales) // 2 :] -= 2  # where the grid must be fine
         noise = torch.randn(10, len(x), model.prior.code, dtype=torch.float64)
         bound = -torch.stack([model(x, eps).elbo for eps in noise]).mean(0).sum().item() / math.log(2)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlae.encoder import MapEncoder
 from vlae.model import VLAE, build
 
 SHAPE = (1, 3, 3)
@@ -64,14 +65,19 @@ def tiny(shape: tuple[int, int, int] = SHAPE, levels: int = 2, maps: bool = Fals
     return shaken(build(settings(**code | chosen), shape, levels))  # type: ignore[return-value]
 
 
+def last_of(model: VLAE) -> nn.Linear:
+    """The layer of means and log-scales."""
+    return model.encoder.out if isinstance(model.encoder, MapEncoder) else model.encoder.net[-1]  # type: ignore
+
+
 def widened(model: VLAE) -> VLAE:
     """With a q wider than the posterior, and not far from it, as the variance of importance weights would not be
     finite otherwise."""
-    last = model.encoder.net[-1]  # type: ignore[union-attr, index]
+    last = last_of(model)
     with torch.no_grad():
         for values, wide in ((last.weight, 0.0), (last.bias, 0.7)):  # type: ignore[union-attr]
             values[len(values) // 2 :] = wide  # type: ignore[index, arg-type]
-            if isinstance(last, nn.Conv2d):
+            if isinstance(model.encoder, MapEncoder):
                 values[: len(values) // 2] *= 0.1  # type: ignore[index, operator]
     return model
 

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -61,8 +62,11 @@ class MapEncoder(nn.Module):
             if level:
                 layers.append(nn.Conv2d(widths[level - 1], width, 3, stride=2, padding=1))
             layers += [ConvBlock(width) for _ in range(count)]
-        self.net = unit_gain(nn.Sequential(*layers, nn.ELU(), nn.Conv2d(widths[-1], 2 * code[0], 1)))
+        self.net = unit_gain(nn.Sequential(*layers, nn.ELU()))
+        self.out = nn.Linear(widths[-1], 2 * code[0])
 
     def forward(self, u: Float[Tensor, "B C H W"]) -> Normal:
-        mean, log_scale = full(self.net(u.contiguous(memory_format=torch.channels_last))).chunk(2, 1)
-        return Normal(mean.flatten(1), log_scale.flatten(1).clamp(-7, 7))
+        h = self.net(u.contiguous(memory_format=torch.channels_last)).movedim(1, 3)
+        # normalised, and no clamp: one large step would leave scales where no gradient reaches them any more
+        mean, log_scale = full(self.out(F.layer_norm(h, h.shape[3:]))).movedim(3, 1).chunk(2, 1)
+        return Normal(mean.flatten(1), 7 * torch.tanh(log_scale.flatten(1) / 7))
