@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from math import ceil
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,12 @@ SIZES |= {"images": ((3, 8, 32), 256)} | dict.fromkeys(BINARY, ((1, 28, 28), 2))
 def test_every_data_set_and_model_compose_and_build(data: str, model: str) -> None:
     shape, levels = SIZES[data]
     composed = config(f"data={data}", f"model={model}")
+    if isinstance(composed["model"]["code"], list):
+        maps = [16, ceil(shape[1] / 4), ceil(shape[2] / 4)]
+        if maps != composed["model"]["code"]:
+            with pytest.raises(ValueError, match=re.escape(f"need maps such as {maps}")):
+                build(composed["model"], shape, levels)
+        composed["model"]["code"] = maps
     if model == "binary" and levels != 2:
         with pytest.raises(ValueError, match=r"Bernoulli needs 1 channel of 2 levels.*LogisticMixture"):
             build(composed["model"], shape, levels)

@@ -357,7 +357,7 @@ def test_scales_are_refused(maps: bool) -> None:
     ("part", "maps"),
     [
         ("encoder.net.8", False),
-        ("encoder.net.5", True),
+        ("encoder.out", True),
         ("prior.steps.0.shift", False),
         ("prior.steps.0.channels.shift", True),
         ("decoder.head", False),
