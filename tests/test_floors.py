@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
-    ["schema", "layers", "files", "formats", "records", "container", "sizes", "window"],
+    ["schema", "layers", "files", "formats", "records", "container", "sizes", "window", "muon"],
     ["likelihoods", "encoder", "prior", "decoder", "datasets"],
     ["model", "data", "folder"],
     ["objective", "sampling", "evaluation", "codes"],

@@ -221,7 +221,7 @@ def test_every_precision_trains_with_full_densities(tmp_path: Path, precision: s
     assert inner == {torch.float32 if precision == "32-true" else torch.bfloat16}  # 16-mixed is bf16 on a CPU
 
 
-@pytest.mark.parametrize("name", ["adamax", "adamw"])
+@pytest.mark.parametrize("name", ["adamax", "adamw", "muon"])
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
 def test_schedules(tmp_path: Path, schedule: str, name: str) -> None:
     watch = Watch()

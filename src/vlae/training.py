@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric
 
 from vlae.data import Batch, generator
 from vlae.model import VLAE, Terms, build
+from vlae.muon import Muon
 from vlae.objective import Objective
 from vlae.schema import check
 
@@ -58,7 +59,7 @@ class Optimization:
     def __init__(
         self,
         *,
-        name: Literal["adamax", "adamw"],
+        name: Literal["adamax", "adamw", "muon"],
         lr: float,
         weight_decay: float,
         schedule: Literal["constant", "cosine", "linear"],
@@ -71,7 +72,7 @@ class Optimization:
         self.schedule, self.warmup_steps = schedule, warmup_steps
 
     def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
-        kind = {"adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW}[self.name]
+        kind = {"adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW, "muon": Muon}[self.name]
         return kind(parameters, lr=self.lr, weight_decay=self.weight_decay)
 
     def factor(self, step: int, steps: float) -> float:

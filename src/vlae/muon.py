@@ -1,0 +1,63 @@
+"""Muon: matrices move by orthogonal matrices, all else by AdamW."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+MOMENTUM = 0.95
+NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315
+
+
+def orthogonal(matrices: Float[Tensor, "N m n"]) -> Float[Tensor, "N m n"]:
+    """About U V^T of each U S V^T: singular values near 1, by five Newton-Schulz steps in bfloat16 (Jordan et al.)."""
+    a, b, c = NEWTON_SCHULZ
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = (matrices.mT if tall else matrices).bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(matrices)
+
+
+class Muon(torch.optim.AdamW):
+    """Steps along the orthogonal matrix nearest to the momentum (Jordan et al. 2024): all directions of a layer learn
+    alike fast. A kernel is the matrix [out, all else]; biases and what else is no matrix go by AdamW.
+
+    An orthogonal step is enlarged to AdamW's size, 0.2 sqrt(max(m, n)) (Liu et al. 2025), so that both take the same
+    `lr`. torch's own is for matrices alone. A step uses the gradients of matrices up: they are None afterwards.
+    """
+
+    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float):
+        super().__init__(params, lr=lr, weight_decay=weight_decay)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            lr, alike = group["lr"], defaultdict(list)
+            for p in group["params"]:
+                if p.ndim > 1 and p.grad is not None:
+                    alike[len(p), p[0].numel()].append(p)
+            for shape, ps in alike.items():  # at once: a GPU would wait for one after the other
+                moves = []
+                for p in ps:
+                    state = self.state[p]
+                    if not state:
+                        state["momentum"] = torch.zeros_like(p)
+                        state["step"] = torch.zeros(())  # AdamW wants one when it loads
+                    state["momentum"].lerp_(p.grad, 1 - MOMENTUM)
+                    moves.append(p.grad.lerp(state["momentum"], MOMENTUM).flatten(1))
+                    p.grad = None
+                for p, move in zip(ps, orthogonal(torch.stack(moves)), strict=True):
+                    p.mul_(1 - lr * group["weight_decay"])
+                    p.sub_(move.view(p.shape), alpha=0.2 * max(shape) ** 0.5 * lr)
+        super().step()
+        return loss
