@@ -90,7 +90,7 @@ class Loop:
         self.batches = TrainingBatches(images.splits.train, images.batch_size, self.seed, world=1, rank=0)
         self.parameters = list(self.model.parameters())
         self.averaged = [p.detach().clone() for p in self.parameters]
-        self.optimizer = parts.optimization.optimizer(self.parameters)
+        self.optimizer = parts.optimization.optimizer(self.model)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: parts.optimization.factor(step, STEPS)
         )

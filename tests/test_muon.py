@@ -9,6 +9,10 @@ from torch import nn
 from vlae.muon import Muon, orthogonal
 
 
+def named(parameters: list[nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
+    return [(f"layer.{k}", p) for k, p in enumerate(parameters)]
+
+
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5), (7, 7), (1, 4)])
 def test_steps_are_nearly_orthogonal(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
@@ -28,8 +32,8 @@ def test_matrices_move_as_by_torch() -> None:
     torch.manual_seed(0)
     ours = [nn.Parameter(torch.randn(shape)) for shape in [(6, 20), (6, 20), (20, 6)]]
     theirs = copy.deepcopy(ours)
-    mine = Muon(ours, lr=0.01, weight_decay=0.1)
-    other = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    mine = Muon(named(ours), lr=0.01, weight_decay=0.1)
+    other = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, adjust_lr_fn="original")
     for _ in range(4):
         before = [p.detach().clone() for p in ours]
         for p, q in zip(ours, theirs, strict=True):
@@ -46,7 +50,7 @@ def test_kernels_are_matrices_in_any_memory_format() -> None:
     torch.manual_seed(0)
     kernel = nn.Parameter(torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last))
     matrix = nn.Parameter(kernel.detach().reshape(4, 27).clone())
-    both = Muon([kernel], lr=0.01, weight_decay=0.0), Muon([matrix], lr=0.01, weight_decay=0.0)
+    both = Muon(named([kernel]), lr=0.01, weight_decay=0.0), Muon(named([matrix]), lr=0.01, weight_decay=0.0)
     for _ in range(3):
         matrix.grad = torch.randn(4, 27)
         kernel.grad = matrix.grad.view(4, 3, 3, 3).to(memory_format=torch.channels_last)
@@ -59,8 +63,11 @@ def test_the_rest_goes_by_adamw() -> None:
     torch.manual_seed(0)
     ours = [nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(5, 5)), nn.Parameter(torch.randn(()))]
     theirs = [nn.Parameter(ours[k].detach().clone()) for k in (0, 2)]
-    mine = Muon(ours, lr=0.01, weight_decay=0.1)
-    other = torch.optim.AdamW(theirs, lr=0.01, weight_decay=0.1)
+    head = nn.Parameter(torch.randn(4, 5))
+    ours.append(head)
+    theirs.append(nn.Parameter(head.detach().clone()))
+    mine = Muon([*named(ours[:3]), ("decoder.head.weight", head)], lr=0.01, weight_decay=0.1)
+    other = torch.optim.AdamW(theirs, lr=0.002, weight_decay=0.1)
 
     def loss(parameters: list[nn.Parameter]) -> torch.Tensor:
         return sum((p.square().sum() for p in parameters), torch.zeros(()))
@@ -79,17 +86,18 @@ def test_the_rest_goes_by_adamw() -> None:
         other.step()
     assert torch.equal(ours[0], theirs[0])
     assert torch.equal(ours[2], theirs[1])
+    assert torch.equal(head, theirs[2])
 
 
 def test_goes_on_from_its_state() -> None:
     torch.manual_seed(0)
     one = [nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(3))]
     gradients = [[torch.randn_like(p) for p in one] for _ in range(4)]
-    first = Muon(one, lr=0.01, weight_decay=0.0)
+    first = Muon(named(one), lr=0.01, weight_decay=0.0)
     for k, gradient in enumerate(gradients):
         if k == 2:
             two = copy.deepcopy(one)
-            second = Muon(two, lr=0.01, weight_decay=0.0)
+            second = Muon(named(two), lr=0.01, weight_decay=0.0)
             second.load_state_dict(copy.deepcopy(first.state_dict()))
         for p, g in zip(one, gradient, strict=True):
             p.grad = g.clone()

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 MOMENTUM = 0.95
+ADAMW = 0.2  # of the learning rate: its steps are of each number, not of a matrix
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315
 
 
@@ -26,14 +27,19 @@ def orthogonal(matrices: Float[Tensor, "N m n"]) -> Float[Tensor, "N m n"]:
 
 class Muon(torch.optim.AdamW):
     """Steps along the orthogonal matrix nearest to the momentum (Jordan et al. 2024): all directions of a layer learn
-    alike fast. A kernel is the matrix [out, all else]; biases and what else is no matrix go by AdamW.
+    alike fast. A kernel is the matrix [out, all else] and a matrix [m, n] moves by lr sqrt(max(1, m / n)).
 
-    An orthogonal step is enlarged to AdamW's size, 0.2 sqrt(max(m, n)) (Liu et al. 2025), so that both take the same
-    `lr`. torch's own is for matrices alone. A step uses the gradients of matrices up: they are None afterwards.
+    What is no matrix, and layers named `head`, go by AdamW, at a fifth of `lr`. torch's own is for matrices alone. A
+    step uses the gradients of its matrices up: they are None afterwards.
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float):
-        super().__init__(params, lr=lr, weight_decay=weight_decay)
+    def __init__(self, named: Iterable[tuple[str, Tensor]], lr: float, weight_decay: float):
+        parts: dict[bool, list[Tensor]] = {True: [], False: []}
+        for name, p in named:
+            parts[p.ndim > 1 and "head" not in name.split(".")].append(p)
+        rates = {True: lr, False: ADAMW * lr}
+        groups = [{"params": parts[each], "orthogonal": each, "lr": rates[each]} for each in parts]
+        super().__init__(groups, weight_decay=weight_decay)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -41,12 +47,12 @@ class Muon(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            lr, alike = group["lr"], defaultdict(list)
+        for group in (group for group in self.param_groups if group["orthogonal"]):
+            alike: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
             for p in group["params"]:
-                if p.ndim > 1 and p.grad is not None:
+                if p.grad is not None:
                     alike[len(p), p[0].numel()].append(p)
-            for shape, ps in alike.items():  # at once: a GPU would wait for one after the other
+            for (m, n), ps in alike.items():  # at once: a GPU would wait for one after the other
                 moves = []
                 for p in ps:
                     state = self.state[p]
@@ -57,7 +63,7 @@ class Muon(torch.optim.AdamW):
                     moves.append(p.grad.lerp(state["momentum"], MOMENTUM).flatten(1))
                     p.grad = None
                 for p, move in zip(ps, orthogonal(torch.stack(moves)), strict=True):
-                    p.mul_(1 - lr * group["weight_decay"])
-                    p.sub_(move.view(p.shape), alpha=0.2 * max(shape) ** 0.5 * lr)
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(move.view(p.shape), alpha=group["lr"] * max(1, m / n) ** 0.5)
         super().step()
         return loss

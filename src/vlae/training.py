@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from vlae.data import Batch, generator
@@ -71,9 +71,11 @@ class Optimization:
         self.name, self.lr, self.weight_decay = name, lr, weight_decay
         self.schedule, self.warmup_steps = schedule, warmup_steps
 
-    def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
-        kind = {"adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW, "muon": Muon}[self.name]
-        return kind(parameters, lr=self.lr, weight_decay=self.weight_decay)
+    def optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        if self.name == "muon":
+            return Muon(module.named_parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        kind = {"adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW}[self.name]
+        return kind(module.parameters(), lr=self.lr, weight_decay=self.weight_decay)
 
     def factor(self, step: int, steps: float) -> float:
         """Share of `lr` at one of `steps` optimiser steps."""
@@ -116,7 +118,7 @@ class LitVLAE(LightningModule):
         self.save_hyperparameters({**settings, "shape": list(shape), "levels": levels})
         self.code: int = self.model.prior.code  # type: ignore[assignment]  # numbers of a code
         self.seed, self.levels, self.dims = seed, levels, math.prod(shape)
-        self.meters = torch.nn.ModuleDict({"rate": MeanMetric("disable"), "distortion": MeanMetric("disable")})
+        self.meters = nn.ModuleDict({"rate": MeanMetric("disable"), "distortion": MeanMetric("disable")})
         self.fresh = True
         self.broken: Tensor | None = None
         self.row: dict[str, Tensor] = {}  # to be logged with the step
@@ -145,7 +147,7 @@ class LitVLAE(LightningModule):
             )
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimization.optimizer(self.model.parameters())
+        optimizer = self.optimization.optimizer(self.model)
         self.refuse_endless(self.trainer)
         steps = float(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.optimization.factor(step, steps))
