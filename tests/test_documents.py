@@ -79,6 +79,26 @@ def test_readme_tables_of_the_sweep_agree_with_its_jobs() -> None:
             assert cells == [f"{mean(each):.2f}±{stdev(each):.2f}" for each in found]
 
 
+def test_readme_table_of_colour_windows_agrees_with_its_lines() -> None:
+    lines = {
+        line["window"]: line for line in map(json.loads, (ROOT / "results/windows.jsonl").read_text().splitlines())
+    }
+    rows = re.findall(
+        r"^\| ([\dx]+(?: grey)?) \| \[(cifar10_small_\w+)\]\(\S+\) \| \S+ \| \S+ \| \S+ \| (.*) \|$", README, re.M
+    )
+    assert [window for window, _, _ in rows] == list(lines) == ["4x2", "5x3", "7x4", "7x4 grey"]
+    for window, name, cells in rows:
+        line, metrics = lines[window], json.loads((ROOT / "results" / f"{name}.json").read_text())["metrics"]
+        part, kept, chance = line["part"], line["kept"], line["kept_by_chance"]
+        figures = [metrics["test/bits_per_dim"], part["bits_per_dim"], part["nll_bits_per_dim"]]
+        shown = [f"{figure:.3f}" for figure in figures]
+        shown += [f"{each[of]['correlation']:.2f}" for of in ("luminance", "chroma") for each in (kept, chance)]
+        assert cells.split(" | ") == shown
+        # bfloat16 there, float32 here, the same noise
+        assert line["bits_per_dim"] == pytest.approx(metrics["test/bits_per_dim"], rel=2e-3)
+    assert len({line["images_seen"] for line in lines.values()}) == 1
+
+
 def test_readme_tables_of_files_agree_with_their_lines() -> None:
     lines = [json.loads(line) for line in (ROOT / "results/codec.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["bench"] == "codec"]
