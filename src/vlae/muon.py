@@ -48,21 +48,21 @@ class Muon(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         for group in (group for group in self.param_groups if group["orthogonal"]):
-            alike: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+            alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    alike[len(p), p[0].numel()].append(p)
-            for (m, n), ps in alike.items():  # at once: a GPU would wait for one after the other
+                    alike[len(p), p[0].numel()].append((p, p.grad))
+            for (m, n), pairs in alike.items():  # at once: a GPU would wait for one after the other
                 moves = []
-                for p in ps:
+                for p, gradient in pairs:
                     state = self.state[p]
                     if not state:
                         state["momentum"] = torch.zeros_like(p)
                         state["step"] = torch.zeros(())  # AdamW wants one when it loads
-                    state["momentum"].lerp_(p.grad, 1 - MOMENTUM)
-                    moves.append(p.grad.lerp(state["momentum"], MOMENTUM).flatten(1))
+                    state["momentum"].lerp_(gradient, 1 - MOMENTUM)
+                    moves.append(gradient.lerp(state["momentum"], MOMENTUM).flatten(1))
                     p.grad = None
-                for p, move in zip(ps, orthogonal(torch.stack(moves)), strict=True):
+                for (p, _), move in zip(pairs, orthogonal(torch.stack(moves)), strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.sub_(move.view(p.shape), alpha=group["lr"] * max(1, m / n) ** 0.5)
         super().step()
