@@ -208,17 +208,20 @@ def test_accumulating_two_batches_is_one_of_twice_the_size(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-def test_every_precision_trains_with_full_densities(tmp_path: Path, precision: str) -> None:
+def test_every_precision_trains_with_full_densities_and_is_scored_in_full(tmp_path: Path, precision: str) -> None:
     module, watch, seen = lit(), Watch(), []
     module.model.register_forward_hook(lambda model, _, terms: seen.append(terms))
     inner = set()
-    module.model.decoder.mix.register_forward_hook(lambda layer, _, out: inner.add(out.dtype))
-    trainer(tmp_path, watch, precision=precision, max_steps=2).fit(module, make())
+    module.model.decoder.mix.register_forward_hook(lambda layer, _, out: inner.add((layer.training, out.dtype)))
+    trained = trainer(tmp_path, watch, precision=precision, max_steps=2)
+    trained.fit(module, make())
+    trained.test(module, make(), verbose=False)
     assert all(math.isfinite(loss) for loss in watch.losses)
     assert len(watch.losses) == 2
     assert not same(watch.steps[0], watch.steps[1])
     assert {term.dtype for terms in seen for term in terms} == {torch.float32}
-    assert inner == {torch.float32 if precision == "32-true" else torch.bfloat16}  # 16-mixed is bf16 on a CPU
+    half = torch.float32 if precision == "32-true" else torch.bfloat16  # 16-mixed is bf16 on a CPU
+    assert inner == {(True, half), (False, torch.float32)}
 
 
 @pytest.mark.parametrize("name", ["adamax", "adamw", "muon"])

@@ -232,7 +232,9 @@ class LitVLAE(LightningModule):
         self.eps = torch.randn(size, self.code, generator=generator("eps", self.seed, split)).to(self.device)
 
     def evaluation_step(self, batch: Batch) -> None:
-        terms = self.model(batch.x, self.eps[batch.index])
+        # in float32 whatever trains: bfloat16 costs up to 0.01 bits/dim
+        with torch.autocast(self.device.type, enabled=False):
+            terms = self.model(batch.x, self.eps[batch.index])
         self.watch(terms.elbo)
         self.meters["rate"].update(terms.rate)
         self.meters["distortion"].update(terms.distortion)
