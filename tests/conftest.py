@@ -17,6 +17,7 @@ from jaxtyping import install_import_hook
 install_import_hook(["vlae"], "beartype.beartype")  # before the first import of a module of vlae
 # what a shell starts in the background ignores Ctrl-C, and so would what the tests start to interrupt it
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # likewise nohup
 torch.set_num_threads(1)  # tensors here are so small that threads only wait for one another
 
 
