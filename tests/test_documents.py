@@ -95,6 +95,20 @@ def test_readme_table_of_colour_windows_agrees_with_its_lines() -> None:
         assert line["bits_per_dim"] == pytest.approx(record["metrics"]["test/bits_per_dim"], rel=5e-3)
 
 
+def test_readme_table_of_rooflines_agrees_with_its_lines() -> None:
+    lines = [json.loads(line) for line in (ROOT / "results/roofline.jsonl").read_text().splitlines()]
+    rows = [row.split(" | ") for row in re.findall(r"^\| (colour(?:_small)? \| (?:yes|no) \| .*) \|$", README, re.M)]
+    expected = []
+    for line in sorted(lines, key=lambda line: (line["model"], line["compile"])):
+        shares = [line["roofline_share"], line["matmul_share"]]
+        named = ("encoder", "prior", "trunk", "window", "pixelwise", "likelihood")
+        parts = [f"{line['parts'][part]['step_share']:.0%}".replace("%", " %") for part in named]
+        figures = [f"{line['images_per_s']:.1f}", *(f"{share:.0%}".replace("%", " %") for share in shares)]
+        compiled = "yes" if line["compile"] else "no"
+        expected.append([line["model"], compiled, *figures, f"{line['gflop_per_image']:.2f}", *parts])
+    assert rows == expected
+
+
 def test_readme_tables_of_files_agree_with_their_lines() -> None:
     lines = [json.loads(line) for line in (ROOT / "results/codec.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["bench"] == "codec"]
