@@ -125,7 +125,8 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
             axes.set(title=title, xlim=(-0.5, len(lines) - 0.5))
             axes.set_xticks(range(len(lines)), ticks)
             axes.margins(y=0.25)
-            axes.set_ylim(bottom=max(axes.get_ylim()[0], min(0.0, *sum(curves.values(), []))))
+            if min(map(min, curves.values())) >= 0:
+                axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
             axes.grid(axis="y", color=RULE, linewidth=0.6)
         axes.set_ylim(min(0.0, axes.get_ylim()[0]), 1.1)
         axes.legend()
