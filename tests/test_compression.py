@@ -353,6 +353,13 @@ def test_scales_are_refused(maps: bool) -> None:
     assert "model.prior.scale=false" in str(caught.value)
 
 
+@pytest.mark.parametrize("lossy", [0, 2])
+def test_posteriors_with_a_flow_are_refused(lossy: int) -> None:
+    with pytest.raises(ValueError) as caught:
+        compress(tiny(scale=False, posterior="iaf"), torch.zeros(2, 1, 3, 3, dtype=torch.long), lossy=lossy)
+    assert "model.encoder.posterior=iaf" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("part", "maps"),
     [

@@ -30,10 +30,10 @@ TOYS = [((1, 3, 3), 1), ((1, 3, 3), 2), ((1, 2, 3), [1, 1, 2]), ((1, 2, 2), [2, 
 over_toys = pytest.mark.parametrize(("shape", "code"), TOYS, ids=str)
 
 
-def toy(shape: tuple[int, int, int], code: int | list[int]) -> tuple[VLAE, Tensor]:
+def toy(shape: tuple[int, int, int], code: int | list[int], posterior: str = "normal") -> tuple[VLAE, Tensor]:
     """A model, and images of it."""
     x = images(shape)
-    model = widened(tiny(shape, code=code, scale=isinstance(code, int)))
+    model = widened(tiny(shape, code=code, scale=isinstance(code, int), posterior=posterior))
     return model, x[[7 * len(x) // 512, 100 * len(x) // 512, 273 * len(x) // 512]]
 
 
@@ -72,9 +72,13 @@ def close(one: Estimate, other: Estimate, size: float) -> None:
     torch.testing.assert_close(torch.stack(one), torch.stack(other), rtol=size, atol=size)
 
 
-@over_toys
-def test_estimates_converge_to_the_exact_log_likelihood(shape: tuple[int, int, int], code: int | list[int]) -> None:
-    model, X = toy(shape, code)
+@pytest.mark.parametrize(
+    ("shape", "code", "posterior"), [*((*each, "normal") for each in TOYS), (*TOYS[1], "iaf")], ids=str
+)
+def test_estimates_converge_to_the_exact_log_likelihood(
+    shape: tuple[int, int, int], code: int | list[int], posterior: str
+) -> None:
+    model, X = toy(shape, code, posterior)
     eps, weight = grid(model.prior.code)
     z = model.prior.inverse(eps)
     truth = torch.tensor([logsumexp(log_px(model, x, z) + weight) for x in X.split(1)])
@@ -111,9 +115,9 @@ def test_of_one_sample_it_is_the_elbo(shape: tuple[int, int, int], code: int | l
                 assert abs(value.item() - mean) < 4 * deviation
 
 
-@pytest.mark.parametrize("maps", [False, True])
-def test_it_is_what_a_plain_loop_finds(maps: bool) -> None:
-    model, samples = tiny(maps=maps, scale=not maps), 20
+@pytest.mark.parametrize(("maps", "posterior"), [(False, "normal"), (False, "iaf"), (True, "normal")])
+def test_it_is_what_a_plain_loop_finds(maps: bool, posterior: str) -> None:
+    model, samples = tiny(maps=maps, scale=not maps, posterior=posterior), 20
     model = widened(model) if maps else model
     found, expected = estimates(model, X, KEY, samples, chunk=40), plain(model, KEY, samples)
     close(found, expected, 1e-6)

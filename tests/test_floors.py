@@ -11,8 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     ["schema", "layers", "files", "formats", "records", "container", "sizes", "window", "muon"],
-    ["likelihoods", "encoder", "prior", "decoder", "datasets"],
-    ["model", "data", "folder"],
+    ["likelihoods", "flow", "decoder", "datasets"],
+    ["encoder", "prior", "stacked", "data", "folder"],
+    ["model"],
     ["objective", "sampling", "evaluation", "codes"],
     ["figures", "sweeps", "codec", "lossy"],
     ["compression", "training", "gallery", "tracking", "media", "charts", "keeping"],

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 
 from vlae.encoder import Encoder, MapEncoder
+from vlae.flow import Flow, Made
 from vlae.layers import MaskedLinear
 from vlae.model import VLAE, Terms, build, load
 from vlae.objective import Objective
@@ -28,8 +29,9 @@ MODELS: list[tuple[tuple[int, int, int], int, dict[str, Any]]] = [  # shape, lev
     ((1, 5, 7), 2, {}),
     ((1, 5, 7), 2, {"maps": True}),
     ((3, 5, 7), 256, {"maps": True, "grey": True, **MIXTURE}),
+    ((1, 5, 7), 2, {"posterior": "iaf"}),
 ]
-over_models = pytest.mark.parametrize(("shape", "levels", "chosen"), MODELS, ids=["flat", "maps", "grey"])
+over_models = pytest.mark.parametrize(("shape", "levels", "chosen"), MODELS, ids=["flat", "maps", "grey", "iaf"])
 
 
 # encoder
@@ -81,13 +83,43 @@ def test_without_blocks_a_place_of_the_code_sees_the_pixels_around_it() -> None:
         assert torch.equal(seen, around.expand_as(seen))
 
 
-@over_models
+@pytest.mark.parametrize(("shape", "levels", "chosen"), MODELS[:3], ids=["flat", "maps", "grey"])
 def test_posterior_density_is_a_normal(shape: tuple[int, int, int], levels: int, chosen: dict[str, Any]) -> None:
     q = tiny(shape, levels, **chosen).encode(torch.randint(levels, (7, *shape)))
     eps = torch.randn_like(q.mean)
     z, log_qz = q.rsample_with_log_prob(eps)
     scipy = norm(q.mean.detach().numpy(), q.log_scale.exp().detach().numpy()).logpdf(z.detach().numpy()).sum(1)
     torch.testing.assert_close(log_qz.detach(), torch.from_numpy(scipy))
+
+
+def test_density_of_an_inverse_autoregressive_posterior_is_that_of_its_jacobian() -> None:
+    model = tiny(code=4, posterior="iaf")
+    x, eps = images()[::101], torch.randn(6, 4).double()
+    codes, log_qz = model.encode(x).rsample_with_log_prob(eps)
+    off = torch.zeros(4, 4, dtype=torch.bool)
+    for k in range(6):
+        encoded = model.encode(x[k : k + 1])
+        matrix = jacobian(lambda v, q=encoded: q.rsample_with_log_prob(v[None])[0][0], eps[k])
+        expected = norm.logpdf(eps[k].numpy()).sum() - torch.linalg.slogdet(matrix)[1]
+        torch.testing.assert_close(log_qz[k], expected)
+        off |= (matrix != 0) & ~torch.eye(4, dtype=torch.bool).flip(0)  # each step reverses the order
+        torch.testing.assert_close(codes[k], encoded.rsample_with_log_prob(eps[k : k + 1])[0][0])
+        torch.testing.assert_close(encoded.mean[0], encoded.rsample_with_log_prob(torch.zeros(1, 4).double())[0][0])
+    assert off.sum() > 6  # not independent, and more than one step could do
+
+
+def test_the_flow_of_a_posterior_is_told_what_the_image_is() -> None:
+    model = tiny(code=4, posterior="iaf")
+    start = torch.randn(1, 4).double().expand(6, -1)
+    moved = model.encoder.flow(start, model.encode(images()[::101]).context)[0]  # type: ignore[union-attr, operator]
+    assert (moved.diff(dim=0).abs() > 1e-6).all()
+
+
+def test_a_fresh_flow_leaves_the_posterior_as_it_is() -> None:
+    model = build(settings(code=4, posterior="iaf"), SHAPE, 2)
+    q, eps = model.encode(images()[::101]), torch.randn(6, 4)
+    z = q.rsample_with_log_prob(eps)[0].flip(1)  # an odd number of reversals
+    assert torch.equal(z, q.start.rsample_with_log_prob(eps)[0])  # type: ignore[union-attr]
 
 
 @over_kinds
@@ -199,6 +231,26 @@ def test_autoregressive_prior_is_an_inverse_autoregressive_posterior(
         torch.testing.assert_close(model(x[k : k + 1], eps[k : k + 1]).elbo[0], log_px + log_pz - log_qz)
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_the_objective_of_an_inverse_autoregressive_posterior_is_that_of_a_prior_with_its_weights(depth: int) -> None:
+    """The same by two models: one flow in the prior, or in the posterior and before the decoder, told nothing."""
+    prior, posterior = tiny(code=4), tiny(code=4, depth=0, posterior="iaf")
+    flow: Flow = shaken(Flow(4, False, [Made(4, 12, False, context=True) for _ in range(depth)]))  # type: ignore[assignment]
+    prior.prior = posterior.encoder.flow = flow
+    mine, theirs = prior.encoder.net, posterior.encoder.net  # type: ignore[union-attr]
+    with torch.no_grad():
+        for ours, other in zip(mine.parameters(), theirs.parameters(), strict=True):  # type: ignore[union-attr, operator]
+            other.zero_()[: len(ours)] = ours  # the last rows are what the flow is told
+
+    x, eps = images()[::37], torch.randn(14, 4).double()
+    posterior.decoder.load_state_dict(prior.decoder.state_dict())
+    shallow = posterior.decoder.features
+    posterior.decoder.features = lambda z: shallow(flow.inverse(z))  # type: ignore[assignment, operator]
+    found, expected = posterior(x, eps), prior(x, eps)
+    torch.testing.assert_close(found.log_px, expected.log_px)
+    torch.testing.assert_close(found.rate, expected.rate)
+
+
 # model
 
 
@@ -249,7 +301,8 @@ def test_every_parameter_gets_a_gradient(
 ) -> None:
     colour = isinstance(code, list) and likelihood != "Bernoulli"
     shape = 1 + 2 * colour, 7, 9
-    model = tiny(shape, levels, code=code, window=window, likelihood=likelihood, scale=scale, grey=colour, dropout=0.2)
+    own = {"grey": colour, "dropout": 0.2} if isinstance(code, list) else {"posterior": "iaf" if scale else "normal"}
+    model = tiny(shape, levels, code=code, window=window, likelihood=likelihood, scale=scale, **own)
     x = torch.randint(levels, (16, *shape))
     model(x, torch.randn(16, model.prior.code).double()).elbo.mean().backward()
     for name, parameter in model.named_parameters():

@@ -11,8 +11,9 @@ from tiny import seen, shaken
 from torch import Tensor
 from torch.autograd.functional import jacobian
 
+from vlae.flow import Flow, Made
 from vlae.layers import normal_log_prob
-from vlae.prior import AFPrior, ConvAFPrior, Flow, Made, MapMade
+from vlae.prior import AFPrior, ConvAFPrior, MapMade
 
 Code = int | tuple[tuple[int, int, int], str]  # flat, or maps and the window on them
 MAPS: list[Code] = [((2, 1, 1), "3x2"), ((1, 3, 4), "4x2"), ((3, 2, 3), "1x1"), ((2, 5, 3), "7x3")]

@@ -29,9 +29,11 @@ def settings(
     likelihood: str = "Bernoulli",
     grey: bool = False,
     dropout: float = 0.0,
+    posterior: str = "normal",
     **prior: Any,
 ) -> dict[str, Any]:
-    """A `model` section, of a flat code or of maps; `prior` overrides its settings, the last two are for maps."""
+    """A `model` section, of a flat code or of maps; `prior` overrides its settings. `grey` and `dropout` are for maps,
+    `posterior` is for a flat code."""
     flow = {"depth": 2, "width": 12, "scale": True}
     encoder: dict[str, Any] = {"widths": [4, 6]}
     decoder = {"receptive_field": window, "features": 5, "width": 8, "depth": 2, **encoder}
@@ -43,6 +45,7 @@ def settings(
     else:
         for part in (encoder, decoder):
             part["hidden"] = 10
+        encoder |= {"posterior": posterior, "depth": 2, "width": 12}
         names = "Encoder", "AFPrior", "PixelCNN"
     more = {"components": 3} if likelihood == "LogisticMixture" else {}
     return {
@@ -73,12 +76,15 @@ def last_of(model: VLAE) -> nn.Linear:
 def widened(model: VLAE) -> VLAE:
     """With a q wider than the posterior, and not far from it, as the variance of importance weights would not be
     finite otherwise."""
+    for step in getattr(getattr(model.encoder, "flow", None), "steps", ()):
+        step.shift.weight.data *= 0.1
     last = last_of(model)
+    half = last.out_features // 2 if isinstance(model.encoder, MapEncoder) else model.prior.code
     with torch.no_grad():
-        for values, wide in ((last.weight, 0.0), (last.bias, 0.7)):  # type: ignore[union-attr]
-            values[len(values) // 2 :] = wide  # type: ignore[index, arg-type]
+        for values, wide in ((last.weight, 0.0), (last.bias, 0.7)):
+            values[half : 2 * half] = wide
             if isinstance(model.encoder, MapEncoder):
-                values[: len(values) // 2] *= 0.1  # type: ignore[index, operator]
+                values[:half] *= 0.1
     return model
 
 

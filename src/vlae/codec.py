@@ -13,8 +13,9 @@ from jaxtyping import Float, Float64, Int, Integer
 from torch import Tensor, nn
 
 from vlae.container import CodecError
+from vlae.encoder import independent
+from vlae.flow import Flow
 from vlae.model import VLAE
-from vlae.prior import Flow
 from vlae.sampling import scan
 
 REACH = 32  # the ring is [-32, 32), standard deviations of the noise
@@ -84,7 +85,7 @@ class Codec:
         Raises:
             FloatingPointError: if the model gives codes that are not finite.
         """
-        q = self.model.encode(x)
+        q = independent(self.model.encode(x))
         if not all(part.isfinite().all() for part in q):
             raise FloatingPointError("the model's codes are not finite")
         mean, scale = (part.double() / self.spacing for part in (q.mean, q.log_scale.exp()))

@@ -93,10 +93,20 @@ class Windowed(nn.Module):
         return self.pixels(u, h.flatten(2).mT.index_select(1, pixel), self.neighbours[pixel])
 
 
-class PixelCNN(Windowed):
+def grown(shape: tuple[int, int, int], code: int, features: int, widths: list[int], hidden: int) -> nn.Sequential:
     """From a flat code: `hidden` units, then residual blocks, twice the size after each of `widths` from the last to
-    the first, up to `features` maps. With a code of size 0 these are learned constants.
-    """
+    the first, up to `features` maps."""
+    at_least(1, features=features, widths=widths, hidden=hidden, **{"len(widths)": len(widths)})
+    sizes = pyramid(*shape[1:], len(widths))
+    layers = [nn.Linear(code or 1, hidden), nn.ELU(), nn.Linear(hidden, widths[-1] * sizes[-1][0] * sizes[-1][1])]
+    layers += [nn.Unflatten(1, (widths[-1], *sizes[-1]))]
+    for size, wide, out in zip(sizes[-2::-1], widths[::-1], [*widths[-2::-1], features], strict=True):
+        layers += [ConvBlock(wide), nn.ELU(), Up(wide, out, size)]
+    return nn.Sequential(*layers)
+
+
+class PixelCNN(Windowed):
+    """On what `grown` makes of a flat code. With a code of size 0 that is learned constants."""
 
     def __init__(
         self,
@@ -108,23 +118,19 @@ class PixelCNN(Windowed):
         features: int,
         width: int,
         depth: int,
+        dropout: float = 0.0,
         widths: list[int],
         hidden: int,
     ):
-        at_least(1, features=features, widths=widths, hidden=hidden, **{"len(widths)": len(widths)})
-        sizes = pyramid(*shape[1:], len(widths))
-        layers = [nn.Linear(code or 1, hidden), nn.ELU(), nn.Linear(hidden, widths[-1] * sizes[-1][0] * sizes[-1][1])]
-        layers += [nn.Unflatten(1, (widths[-1], *sizes[-1]))]
-        for size, wide, out in zip(sizes[-2::-1], widths[::-1], [*widths[-2::-1], features], strict=True):
-            layers += [ConvBlock(wide), nn.ELU(), Up(wide, out, size)]
         super().__init__(
-            nn.Sequential(*layers),
+            grown(shape, code, features, widths, hidden),
             shape=shape,
             num_params=num_params,
             receptive_field=receptive_field,
             features=features,
             width=width,
             depth=depth,
+            dropout=dropout,
         )
         self.constant = code == 0
 

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from vlae.data import Images, generator
 from vlae.datasets import Splits
-from vlae.encoder import Normal
 from vlae.model import VLAE, Terms
 from vlae.records import commit, hardware, write
 
@@ -59,7 +58,7 @@ def log_likelihood(model: VLAE, x: Integer[Tensor, "B C H W"], noise: Iterable[T
             raise ValueError(f"noise of shape {tuple(eps.shape)} for {len(x)} images; [k, {len(x)}, D] is needed")
         k = len(eps)
         rows = x if len(x) == 1 else x.repeat(k, 1, 1, 1)
-        z, log_qz = Normal(*(part.repeat(k, 1) for part in q)).rsample_with_log_prob(eps.flatten(0, 1))
+        z, log_qz = q.repeat(k).rsample_with_log_prob(eps.flatten(0, 1))
         terms = Terms(*(term.double() for term in model.terms(rows, z, log_qz)))
         log_w = terms.elbo.view(k, -1)
         total = torch.logaddexp(total, log_w.logsumexp(0))

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int, Integer, UInt8
 from scipy.special import ndtri
 from torch import Tensor
 
+from vlae.encoder import independent
 from vlae.layers import normal_log_prob
 from vlae.model import VLAE
 from vlae.sampling import scan
@@ -39,7 +40,7 @@ def choose(model: VLAE, x: Integer[Tensor, "B C H W"], count: int) -> UInt8[np.n
     """
     found = []
     for part in x.split(TOGETHER):
-        q = model.encode(part.to(next(model.parameters()).device))
+        q = independent(model.encode(part.to(next(model.parameters()).device)))
         mean, log_scale = q.mean[:, None], q.log_scale[:, None]
         eps, numbers = torch.zeros_like(mean[:1]), []
         for stage in range(count):

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlae.encoder import Normal
+from vlae.encoder import IAF, Normal
 from vlae.layers import normal_log_prob
 from vlae.schema import construct, fits
 
@@ -55,7 +55,7 @@ class VLAE(nn.Module):
         """0..levels-1 to [-1, 1], in the precision of the weights."""
         return x.to(next(self.decoder.parameters()).dtype) * (2 / (self.likelihood.levels - 1)) - 1
 
-    def encode(self, x: Integer[Tensor, "B C H W"]) -> Normal:
+    def encode(self, x: Integer[Tensor, "B C H W"]) -> Normal | IAF:
         """q(z | x). ValueError for another shape than the model's, or for floats."""
         if x.shape[1:] != self.decoder.shape or x.is_floating_point():
             found = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape[1:])}"

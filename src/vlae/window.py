@@ -49,14 +49,15 @@ def waves(
 ) -> Iterator[tuple[Int[Tensor, "n"], Int[Tensor, "n"]]]:
     """Rows and columns of the pixels of each wave: every pixel's window lies in earlier waves.
 
-    Pixels of equal `column + stride * row` with stride one more than the window's reach to the right; a row where
-    nothing to the left is seen, the image where nothing is. 7x4 on 28x28: 136 waves.
+    Pixels of equal `column + stride * row`, stride the least that leaves them unseen by one another: one more than the
+    window's reach to the right a row up. A row where nothing to the left is seen, the image where nothing is. 7x4 on
+    28x28: 136 waves.
     """
     if not any(i == 0 for i, _ in window):
         for pixel in torch.arange(height * width, device=device).split(width if window else height * width):
             yield pixel // width, pixel % width
         return
-    stride = min(max(j for _, j in window) + 1, width)
+    stride = min(max(j // -i for i, j in window if i) + 1, width)
     for wave in range(width + stride * (height - 1)):
         first, last = max(0, (wave - width) // stride + 1), min(height - 1, wave // stride)
         i = torch.arange(first, last + 1, device=device)
