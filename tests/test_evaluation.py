@@ -387,15 +387,32 @@ def test_without_a_code_one_sample_is_enough(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "evaluate.json").read_text())["samples"] == 1
 
 
+def test_a_part_is_drawn_from_the_whole_split(tmp_path: Path) -> None:
+    model, images = small().double(), Images(digits, None, 1, 1, seed=0)
+    test, parts = images.part("test").images, []
+    for part in (40, 250, 1000):
+        (tmp_path / "evaluate.json").unlink(missing_ok=True)
+        metrics = evaluate(model, images, "test", 1, 250, tmp_path, {}, part)
+        record = json.loads((tmp_path / "evaluate.json").read_text())
+        assert (record["images"], record["metrics"]) == (min(part, 250), metrics)
+        parts.append(metrics["test/nll"])
+    # a fresh mixture is the harder the farther values are from the middle, so that images differ
+    first = estimates(model, test[:40], (0, "test"), 1, 250).log_px.mean().item()
+    assert abs(parts[0] + first) > 1e-3
+    assert parts[0] != pytest.approx(parts[1], rel=1e-6)
+    assert parts[1] == pytest.approx(parts[2], rel=1e-12)
+
+
 def test_a_record_of_hours_is_not_lost(tmp_path: Path) -> None:
-    def run(split: str, samples: int) -> None:
-        evaluate(small(), Images(digits, None, 1, 1, seed=0), split, samples, None, tmp_path, {})
+    def run(split: str, samples: int, part: int | None = None) -> None:
+        evaluate(small(), Images(digits, None, 1, 1, seed=0), split, samples, None, tmp_path, {}, part)
 
     run("test", 2)
     before = (tmp_path / "evaluate.json").read_bytes()
-    for split, samples in (("test", 1), ("validation", 2)):
-        with pytest.raises(ValueError, match=rf"holds test at 2 samples; move it to have {split} at {samples}"):
-            run(split, samples)
+    for split, samples, part in (("test", 1, None), ("validation", 2, None), ("test", 2, 249)):
+        here = rf"holds test at 2 samples of 250 images; move it to have {split} at {samples} of {part or 250}"
+        with pytest.raises(ValueError, match=here):
+            run(split, samples, part)
     assert (tmp_path / "evaluate.json").read_bytes() == before
     run("test", 3)
     assert json.loads((tmp_path / "evaluate.json").read_text())["samples"] == 3
@@ -407,6 +424,7 @@ def test_a_record_of_hours_is_not_lost(tmp_path: Path) -> None:
         ({"split": "tests"}, "split=tests: must be one of train, validation, test"),
         ({"samples": 0}, "samples=0: must be at least 1"),
         ({"chunk": 0}, "batch=0: must be at least 1"),
+        ({"part": 0}, "images=0: must be at least 1"),
         ({"model": small(256)}, "images of (1, 8, 8), 17 levels; the model is for (1, 8, 8), 256 levels"),
         ({"model": tiny()}, "images of (1, 8, 8), 17 levels; the model is for (1, 3, 3), 2 levels"),
     ],

@@ -96,6 +96,9 @@ def main() -> None:
     command = add("evaluate", "log p(x) by importance sampling: a table, and evaluate.json", named)
     command.add_argument("--split", default="test", help="train, validation or test (default)")
     command.add_argument("--samples", type=int, default=4096, help="codes an image (default 4096)")
+    command.add_argument(
+        "--images", type=int, metavar="N", dest="part", help="of the split, drawn by seed 0; all if not given"
+    )
     command.add_argument("--batch", type=int, help="images x samples at once")
     folder = "a folder to write to, instead of beside the run"
     add("sample", "pictures of what a model makes up", seeded, output=folder)

@@ -88,11 +88,13 @@ def given(images: Images | None, run: str) -> Images:
     return images
 
 
-def evaluate(run: str, data: str | None, allow: Sequence[str], split: str, samples: int, batch: int | None) -> None:
+def evaluate(
+    run: str, data: str | None, allow: Sequence[str], split: str, samples: int, batch: int | None, part: int | None
+) -> None:
     """Log-likelihood by importance sampling: a table, and evaluate.json beside the run."""
     model, found, folder = opened(run, data, allow)
     images = given(found, run)
-    score(model, images, split, samples, batch, folder, {"command": line()})
+    score(model, images, split, samples, batch, folder, {"command": line()}, part)
 
 
 def shown(model: VLAE, images: Images | None, run: str, sources: Sequence[str]) -> Part:

@@ -162,11 +162,19 @@ def resumed(file: Path, about: dict[str, Any], values: Tensor, done: Tensor) -> 
 
 
 def evaluate(
-    model: VLAE, images: Images, split: str, samples: int, chunk: int | None, folder: Path, about: dict[str, Any]
+    model: VLAE,
+    images: Images,
+    split: str,
+    samples: int,
+    chunk: int | None,
+    folder: Path,
+    about: dict[str, Any],
+    part: int | None = None,
 ) -> dict[str, float]:
     """Scores a split, prints a table, writes evaluate.json into `folder`, `about` first in it; returns the metrics.
 
-    `chunk` rows (images x samples) a pass, None: CHUNK. Under torchrun the ranks share the images.
+    `chunk` rows (images x samples) a pass, None: CHUNK. `part`: so many of its images, drawn by seed 0, instead of all.
+    Under torchrun the ranks share the images.
 
     Raises:
         ValueError, FloatingPointError: as `estimates`, and for an unknown split; an older evaluate.json stays.
@@ -174,19 +182,21 @@ def evaluate(
     begun, started, code = time.time(), datetime.now(UTC).isoformat(timespec="seconds"), commit()
     if split not in Splits._fields[:3]:
         raise ValueError(f"split={split}: must be one of {', '.join(Splits._fields[:3])}")
-    for name, size in (("samples", samples), ("batch", chunk)):
+    for name, size in (("samples", samples), ("batch", chunk), ("images", part)):
         if size is not None and size < 1:
             raise ValueError(f"{name}={size}: must be at least 1")
     if split == "validation" and images.train_on_validation:
         raise ValueError("split=validation: the run was trained on it (data.train_on_validation)")
     refuse_other(model, images)
-    refuse_loss(folder / "evaluate.json", split, samples)
+    x = images.part(split).images  # type: ignore[arg-type]
+    if part is not None:  # never its first rows: these may be easier or harder than the rest
+        x = x[torch.randperm(len(x), generator=generator("part", 0))[:part]]
+    refuse_loss(folder / "evaluate.json", split, samples, len(x))
     begun_here = dist.is_torchelastic_launched() and not dist.is_initialized()
     if begun_here:
         dist.init_process_group()
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
-    x = images.part(split).images  # type: ignore[arg-type]
     samples = samples if model.prior.code else min(samples, 1)  # of an empty code all samples are equal
     chunk = CHUNK[device.type] if chunk is None else chunk
     found = estimates(model.to(device), x, (images.seed, split), samples, chunk, folder)
@@ -239,14 +249,15 @@ def refuse_other(model: VLAE, images: Images) -> None:
         raise ValueError(f"images of {images.shape}, {images.levels} levels; the model is for {shape}, {levels} levels")
 
 
-def refuse_loss(file: Path, split: str, samples: int) -> None:
-    """ValueError where an older record is of another split, or of more samples: it may have taken hours."""
+def refuse_loss(file: Path, split: str, samples: int, images: int) -> None:
+    """ValueError where an older record is of another split, or of more samples or images: it may have taken hours."""
+    if not file.exists():
+        return
     try:
-        old: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"split": split, "samples": 0}
-        other, more = old["split"] != split, old["samples"] > samples
+        old: dict[str, Any] = json.loads(file.read_text())
+        other, more = old["split"] != split, old["samples"] > samples or old["images"] > images
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{file}: no record of an evaluation ({error}); move it elsewhere") from error
     if other or more:
-        raise ValueError(
-            f"{file}: holds {old['split']} at {old['samples']} samples; move it to have {split} at {samples}"
-        )
+        holds = f"{old['split']} at {old['samples']} samples of {old['images']} images"
+        raise ValueError(f"{file}: holds {holds}; move it to have {split} at {samples} of {images}")
