@@ -4,7 +4,7 @@ RUN := .venv/bin/python -m
 PIP := $(RUN) pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format clean
+.PHONY: help train test tables lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -14,6 +14,9 @@ train: .venv/installed ## install, then python train.py $(ARGS): by default the 
 
 test: lint ## install every extra, lint, then pytest $(ARGS)
 	$(RUN) pytest $(ARGS)
+
+tables: .venv/installed ## README's tables of binary images, or a row of them: make tables ARGS=mnist_static_vlae
+	.venv/bin/python benchmarks/tables.py $(or $(ARGS),all)
 
 lint: .venv/installed-dev ## ruff check, ruff format --check and the type checker
 	$(RUN) ruff check
