@@ -1,0 +1,69 @@
+"""What the NELBO of static MNIST hinges on: one setting of `experiment=mnist_static` changed at a time.
+
+Every run sees as many images, on one thread each, `--jobs` at a time beside one another. One JSON line each, of the
+validation split: settings changed, NELBO, rate and distortion in nats (one-sample bounds), parameters, images seen,
+seconds of training. Runs lie in runs/ablations, where an interrupted one goes on and a finished one is left alone.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from vlae.launch import named
+from vlae.records import commit, emit
+
+ROOT = Path(__file__).resolve().parents[1]
+DECODER, PRIOR = "model.decoder", "model.prior"
+CHANGES = [
+    "",
+    *(f"{DECODER}.receptive_field={window}" for window in ("none", "4x2", "5x3", "11x6", "15x8")),
+    *(f"{DECODER}.width={width}" for width in (16, 64)),
+    *(f"{DECODER}.depth={depth}" for depth in (2, 8)),
+    *(f"{DECODER}.features={features}" for features in (8, 64)),
+    *(f"{PRIOR}.depth={depth}" for depth in (0, 2, 8)),
+    f"{PRIOR}.scale=true",
+    *(f"averaging={decay}" for decay in (0, 0.99, 0.9995)),
+    *(f"objective.free_bits={nats}" for nats in (0, 4)),
+    *(f"data.batch_size={batch}" for batch in (32, 128)),
+    *(f"optimizer.schedule={schedule}" for schedule in ("constant", "linear")),
+    *(f"optimizer.lr={lr}" for lr in (0.01, 0.04)),
+    "optimizer.name=adamax optimizer.lr=0.002 trainer.gradient_clip_val=5.0",
+    "trainer.precision=32-true",
+]
+
+
+def run(change: str, seed: int, epochs: int) -> dict[str, Any]:
+    """Trains one variant; its line."""
+    overrides = ["experiment=mnist_static", *change.split()]
+    folder = Path("runs") / "ablations" / named([*change.split(), f"seed={seed}", f"epochs={epochs}"])
+    own = [f"seed={seed}", f"trainer.max_epochs={epochs}", "trainer.check_val_every_n_epoch=1", f"folder={folder}"]
+    quiet = ["wandb.mode=disabled", "trainer.enable_progress_bar=false"]
+    command = [sys.executable, "train.py", *overrides, *own, *quiet]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    metrics = json.loads((ROOT / folder / "metrics.json").read_text())
+    figures = {name: round(metrics[f"val/{name}"], 3) for name in ("nelbo", "rate", "distortion")}
+    cost = {name: metrics[name] for name in ("parameters", "images_seen", "wall_s")}
+    return {"bench": "ablations", "change": change, "seed": seed, **figures, **cost, "commit": commit()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--changes", nargs="*", default=CHANGES, help="overrides of one run each, in quotes")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="a file to append the lines to")
+    arguments = parser.parse_args()
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for line in pool.map(lambda change: run(change, arguments.seed, arguments.epochs), arguments.changes):
+            emit(line, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
