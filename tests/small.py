@@ -24,7 +24,7 @@ TINY = [
 DIGITS = [*CPU, *TINY, "model.likelihood.components=2", "data.batch_size=250", "trainer.log_every_n_steps=2"]
 
 
-def write_files(root: Path, train: int = 160, test: int = 6) -> None:
+def write_files(root: Path, train: int = 160, test: int = 2) -> None:
     """Few images of noise in the format of every set, and `pictures/` of two classes."""
     noise = np.random.default_rng(0)
     for name in MNIST:

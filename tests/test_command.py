@@ -73,7 +73,18 @@ def test_every_data_set_trains(data: str, files: Path, here: Path) -> None:
     assert record["data"]["_target_"].endswith(f".{data}")
 
 
-@pytest.mark.parametrize("experiment", YAML["experiment"])
+WINDOWS = {"cifar10_4x2": "4x2", "cifar10_5x3": "5x3", "cifar10_7x4_grey": "7x4"}
+
+
+@pytest.mark.parametrize("experiment", WINDOWS)
+def test_windows_of_cifar10_differ_alone(experiment: str) -> None:
+    composed, largest = config(f"experiment={experiment}"), config("experiment=cifar10_7x4")
+    decoder, other = composed["model"].pop("decoder"), largest["model"].pop("decoder")
+    assert composed == largest
+    assert decoder == other | {"receptive_field": WINDOWS[experiment], "grey": experiment.endswith("grey")}
+
+
+@pytest.mark.parametrize("experiment", sorted({*YAML["experiment"]} - {*WINDOWS}))
 def test_every_experiment_takes_two_steps(experiment: str, files: Path, here: Path) -> None:
     """At full size."""
     composed = config(f"experiment={experiment}")
