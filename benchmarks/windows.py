@@ -7,7 +7,8 @@ part           of `--images` test images drawn by the seed: negative log-likelih
                and the bound (`bits_per_dim`, of as many codes) to hold it against
 kept           of the same images, what a reconstruction (a code of the image, fresh pixels) has in common with it when
                both are shrunk to 8x8 by area means, as finer things are the window's to model: root-mean-square error
-               in levels of 0..255 and correlation, of luminance Y and of chroma (R - Y and B - Y)
+               in levels of 0..255 and correlation, of luminance Y, of chroma (R - Y and B - Y) and of roughness (how
+               much Y differs from the pixels to the left and above, before it is shrunk)
 kept_by_chance the same with the reconstruction of another image: what is alike anyway
 
 Into the folder `--pictures`: cifar10_reconstructions.png, cifar10_samples.png, cifar10_windows.png. All models share
@@ -47,12 +48,13 @@ def name(model: VLAE) -> str:
 
 
 def kept(x: Tensor, again: Tensor) -> dict[str, dict[str, float]]:
-    """How alike images [N 3 H W] and their reconstructions are at SIDE x SIDE, in luminance and in chroma."""
-    rgb = torch.stack([F.adaptive_avg_pool2d(each.double(), SIDE) for each in (x, again)])
-    rgb = rgb.movedim(2, 0).flatten(2)  # [3, 2, N SIDE SIDE]
-    y = (torch.tensor(LUMINANCE).double().view(3, 1, 1) * rgb).sum(0)
+    """How alike images [N 3 H W] and their reconstructions are at SIDE x SIDE, in luminance, chroma and roughness."""
+    rgb = torch.stack([x, again]).double()  # [2 N 3 H W]
+    y = (torch.tensor(LUMINANCE).double().view(3, 1, 1) * rgb).sum(2, keepdim=True)
+    rough = F.pad(y.diff(dim=3).abs(), (0, 0, 1, 0)) + F.pad(y.diff(dim=4).abs(), (1, 0))
     found = {}
-    for part, values in {"luminance": y[None], "chroma": rgb[[0, 2]] - y}.items():
+    for part, pixels in {"luminance": y, "chroma": rgb[:, :, [0, 2]] - y, "roughness": rough}.items():
+        values = F.adaptive_avg_pool2d(pixels.flatten(0, 1), SIDE).unflatten(0, (2, -1)).movedim(2, 0).flatten(2)
         error = (values[:, 0] - values[:, 1]).square().mean().sqrt()
         a, b = (values - values.mean(2, keepdim=True)).unbind(1)
         correlation = (a * b).sum() / (a.square().sum() * b.square().sum()).sqrt()
@@ -107,28 +109,27 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
         "Bits/dim, bound": (3, {"": [line["bits_per_dim"] for line in lines]}),
         f"Kept at {SIDE}x{SIDE}: correlation": (
             2,
-            {part: [line["kept"][part]["correlation"] for line in lines] for part in ("luminance", "chroma")},
+            {part: [line["kept"][part]["correlation"] for line in lines] for part in lines[0]["kept"]},
         ),
     }
     ticks = [f"{line['window']}\n{line['visible_pixels']} pixels" for line in lines]
     with matplotlib.rc_context(STYLE | {"axes.titlesize": 10}):
         figure = Figure(figsize=(4 + 2.4 * len(lines), 3.4), layout="constrained")
         for axes, (title, (digits, curves)) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-            for (label, values), color in zip(curves.items(), (HUES[0], HUES[4]), strict=False):
+            for (label, values), color in zip(curves.items(), (HUES[0], HUES[4], HUES[2]), strict=False):
                 for k, (value, line) in enumerate(zip(values, lines, strict=True)):
                     face = "white" if line["grey"] else color
-                    lift = 8 if value == max(each[k] for each in curves.values()) else -17
+                    beside = sorted(each[k] for each in curves.values())
+                    place = (0, 8) if value == beside[-1] else (0, -17) if value == beside[0] else (24, -4)
                     axes.plot(k, value, "o", color=color, mfc=face, ms=8, zorder=3, label=None if k else label)
-                    axes.annotate(
-                        f"{value:,.{digits}f}", (k, value), (0, lift), textcoords="offset points", ha="center"
-                    )
+                    axes.annotate(f"{value:,.{digits}f}", (k, value), place, textcoords="offset points", ha="center")
             axes.set(title=title, xlim=(-0.5, len(lines) - 0.5))
             axes.set_xticks(range(len(lines)), ticks)
             axes.margins(y=0.25)
             if min(map(min, curves.values())) >= 0:
                 axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
             axes.grid(axis="y", color=RULE, linewidth=0.6)
-        axes.set_ylim(min(0.0, axes.get_ylim()[0]), 1.1)
+        axes.set_ylim(min(-0.15, axes.get_ylim()[0]), 1.15)
         axes.legend()
         figure.supxlabel("Window and how many earlier pixels it shows; hollow: their luminance alone", fontsize=9)
         path.parent.mkdir(parents=True, exist_ok=True)
