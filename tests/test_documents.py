@@ -56,7 +56,8 @@ def test_record_is_whole(path: Path) -> None:
 
 def test_readme_tables_agree_with_records() -> None:
     # | what | [name](results/name.json) | nelbo | rate | distortion | ...
-    rows = re.findall(r"^\|[^|]*\| \[(\w+)\]\(results/\1\.json\) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", README, re.M)
+    nats = r" \| (\d+\.\d\d)" * 3
+    rows = re.findall(rf"^\|[^|]*\| \[(\w+)\]\(results/\1\.json\){nats} \|", README, re.M)
     assert rows
     for name, *shown in rows:
         metrics = json.loads((ROOT / "results" / f"{name}.json").read_text())["metrics"]
@@ -93,6 +94,22 @@ def test_readme_table_of_colour_windows_agrees_with_its_lines() -> None:
         assert line["images_seen"] == lines[0]["images_seen"] == record["images_seen"]
         # that was computed in bfloat16
         assert line["bits_per_dim"] == pytest.approx(record["metrics"]["test/bits_per_dim"], rel=5e-3)
+
+
+def test_readme_table_of_six_epochs_agrees_with_its_lines() -> None:
+    lines = [json.loads(line) for line in (ROOT / "results/windows_six_epochs.jsonl").read_text().splitlines()]
+    rows = re.findall(r"^\| (\d+x\d+) \| \[(\w+)\]\(results/\2\.json\) \| ([\d.]+ \| .* min) \|$", README, re.M)
+    for (window, name, cells), line in zip(rows, lines, strict=True):
+        shown = [f"{x:.3f}" for x in (line["bits_per_dim"], line["part"]["nll_bits_per_dim"])]
+        shown += [f"{line[figure]:.1f}" for figure in ("rate", "distortion")]
+        for part in ("luminance", "chroma", "roughness"):
+            shown.append(", ".join(f"{line[of][part]['correlation']:.2f}" for of in ("kept", "kept_by_chance")))
+        shown.append(f"{line['training_s'] / 60:.0f} min")
+        assert (line["window"], cells.split(" | ")) == (window, shown)
+        record = json.loads((ROOT / "results" / f"{name}.json").read_text())
+        assert (line["images_seen"], line["training_s"]) == (record["images_seen"], record["wall_s"])
+        for figure in ("rate", "distortion", "bits_per_dim"):
+            assert line[figure] == pytest.approx(record["metrics"][f"test/{figure}"], rel=1e-4)
 
 
 def test_readme_table_of_rooflines_agrees_with_its_lines() -> None:
