@@ -1,7 +1,7 @@
 PYTHON ?= python3
 ARGS ?=
 RUN := .venv/bin/python -m
-PIP := $(RUN) pip install -qq --disable-pip-version-check --no-compile
+PIP := $(RUN) pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help train test tables lint format clean
