@@ -31,8 +31,8 @@ CHANGES = [
     *(f"objective.free_bits={nats}" for nats in (0, 4)),
     *(f"data.batch_size={batch}" for batch in (32, 128)),
     *(f"optimizer.schedule={schedule}" for schedule in ("constant", "linear")),
-    *(f"optimizer.lr={lr}" for lr in (0.01, 0.04)),
-    "optimizer.name=adamax optimizer.lr=0.002 trainer.gradient_clip_val=5.0",
+    *(f"optimizer.lr={lr}" for lr in (0.001, 0.004)),
+    "optimizer.name=muon optimizer.lr=0.01 trainer.gradient_clip_val=null",
     "trainer.precision=32-true",
 ]
 

@@ -16,7 +16,7 @@ from tiny import SHAPE, images, maps_for, settings, shaken, tiny, widened
 from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 
-from vlae.encoder import Encoder, MapEncoder
+from vlae.encoder import IAF, Encoder, MapEncoder, Normal
 from vlae.flow import Flow, Made
 from vlae.layers import MaskedLinear
 from vlae.model import VLAE, Terms, build, load
@@ -35,6 +35,14 @@ over_models = pytest.mark.parametrize(("shape", "levels", "chosen"), MODELS, ids
 
 
 # encoder
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_scales_of_an_iaf_posterior_are_those_of_its_codes(depth: int) -> None:
+    flow = Flow(5, False, [Made(5, 8, False, context=True) for _ in range(depth)])  # fresh: shifts of zero
+    q = IAF(Normal(torch.zeros(1, 5), torch.randn(1, 5)), torch.randn(1, 8), flow).repeat(50_000)
+    z, _ = q.rsample_with_log_prob(torch.randn(50_000, 5))
+    torch.testing.assert_close(z.std(0).log(), q.log_scale[0], atol=0.03, rtol=0)
 
 
 @pytest.mark.parametrize("size", [(3, 3), (3, 64), (64, 3), (5, 7), (13, 17), (28, 28), (31, 30), (33, 64), (64, 64)])

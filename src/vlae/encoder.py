@@ -51,8 +51,9 @@ class IAF(NamedTuple):
 
     @property
     def log_scale(self) -> Float[Tensor, "B D"]:
-        """Of the normals before the flow, which shifts alone."""
-        return self.start.log_scale
+        """Of the normals before the flow, which shifts alone and reverses the order before each step but the first."""
+        scale = self.start.log_scale
+        return scale.flip(1) if len(self.flow.steps) % 2 == 0 else scale
 
 
 def independent(q: Normal | IAF) -> Normal:

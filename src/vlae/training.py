@@ -232,7 +232,7 @@ class LitVLAE(LightningModule):
         self.eps = torch.randn(size, self.code, generator=generator("eps", self.seed, split)).to(self.device)
 
     def evaluation_step(self, batch: Batch) -> None:
-        # in float32 whatever trains: bfloat16 costs up to 0.01 bits/dim
+        # in float32 whatever trains: bfloat16 costs 0.01 bits/dim and more on CIFAR-10
         with torch.autocast(self.device.type, enabled=False):
             terms = self.model(batch.x, self.eps[batch.index])
         self.watch(terms.elbo)
