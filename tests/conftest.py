@@ -28,6 +28,13 @@ def seed() -> None:
 
 
 @pytest.fixture
+def forks() -> None:
+    """For what starts ranks or kills a run by forking."""
+    if torch.cuda.is_initialized():
+        pytest.skip("CUDA is in use in this process, which then cannot fork")
+
+
+@pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries of downloads follow at once."""
     monkeypatch.setattr("pooch.core.time.sleep", lambda seconds: None)

@@ -148,11 +148,9 @@ def test_every_epoch_is_another_permutation() -> None:
     assert not torch.equal(other[0].index, batches[0].index)
 
 
+@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize(("accumulate", "flip"), [(1, True), (2, False)])
 def test_two_ranks_see_what_one_process_sees(tmp_path: Path, accumulate: int, flip: bool) -> None:
-    if torch.cuda.is_initialized():
-        pytest.skip("CUDA is in use in this process, which then cannot fork ranks")
-
     def each(batches: list[tuple[int, list[int], list[int]]]) -> list[tuple[int, list[int]]]:
         rows = ((index, np.array(x).reshape(len(index), -1).tolist()) for _, index, x in batches)
         return sorted(image for index, x in rows for image in zip(index, x, strict=True))

@@ -49,13 +49,12 @@ class Diary(Callback):
         torch.save(diary, self.folder / f"{trainer.world_size}_{trainer.global_rank}.pt")
 
 
+@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize("accumulate", [1, 2])  # of three batches: the second step of an epoch takes one
 @pytest.mark.parametrize("kind", ["hard", "soft"])
 def test_the_losses_and_weights_of_two_ranks_are_those_of_one_process(
     tmp_path: Path, kind: str, accumulate: int
 ) -> None:
-    if torch.cuda.is_initialized():
-        pytest.skip("CUDA is in use in this process, which then cannot fork ranks")
     rates: list[Tensor] = []  # of every training image in its place in the global batch
     tested = []
     for devices in (1, 2):

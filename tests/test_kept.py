@@ -32,8 +32,7 @@ from vlae.figures import read_metrics
 from vlae.keeping import Keeping, Log
 from vlae.training import Averaging, LitVLAE
 
-if torch.cuda.is_initialized():
-    pytest.skip("CUDA is in use in this process, which then cannot fork", allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("forks")
 
 # steps in epochs of three, a validation after the third and the sixth
 OURS = ["trainer.max_steps=8", "trainer.max_epochs=-1", "+trainer.limit_train_batches=3", "objective.kind=soft"]

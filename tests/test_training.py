@@ -169,10 +169,9 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path, hook: str, s
     assert torch.load(path, weights_only=True)["state_dict"]["objective.gamma"] != 1
 
 
+@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize("kind", ["hard", "soft"])
 def test_two_ranks_are_one_process(tmp_path: Path, kind: str) -> None:
-    if torch.cuda.is_initialized():
-        pytest.skip("CUDA is in use in this process, which then cannot fork ranks")
     rates: list[Tensor] = []  # of every training image in its place in the global batch
     checkpoints = []
     for devices in (1, 2):
