@@ -56,8 +56,7 @@ def test_record_is_whole(path: Path) -> None:
 
 def test_readme_tables_agree_with_records() -> None:
     # | what | [name](results/name.json) | nelbo | rate | distortion | ...
-    nats = r" \| (\d+\.\d\d)" * 3
-    rows = re.findall(rf"^\|[^|]*\| \[(\w+)\]\(results/\1\.json\){nats} \|", README, re.M)
+    rows = re.findall(r"^\|[^|]*\| \[(\w+)\]\(results/\1\.json\) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", README, re.M)
     assert rows
     for name, *shown in rows:
         metrics = json.loads((ROOT / "results" / f"{name}.json").read_text())["metrics"]
@@ -98,8 +97,13 @@ def test_readme_table_of_colour_windows_agrees_with_its_lines() -> None:
 
 def test_readme_table_of_six_epochs_agrees_with_its_lines() -> None:
     lines = [json.loads(line) for line in (ROOT / "results/windows_six_epochs.jsonl").read_text().splitlines()]
-    rows = re.findall(r"^\| (\d+x\d+) \| \[(\w+)\]\(results/\2\.json\) \| ([\d.]+ \| .* min) \|$", README, re.M)
-    for (window, name, cells), line in zip(rows, lines, strict=True):
+    rows = re.findall(r"^\| \[(\w+)\]\(results/\1\.json\) \| (\d+x\d+) \| ([\d.]+ \| .* min) \|$", README, re.M)
+    text = " ".join(README.split())
+    figures = re.findall(r"(\d+x\d+) ((?:\d\.\d{3}, ){5}\d\.\d{3})", text)
+    curves = {window: values.split(", ") for window, values in figures}
+    last = re.search(r"training loss of the last epoch, ([\d.]+) and ([\d.]+)", text)
+    assert last
+    for (name, window, cells), line, training in zip(rows, lines, last.groups(), strict=True):
         shown = [f"{x:.3f}" for x in (line["bits_per_dim"], line["part"]["nll_bits_per_dim"])]
         shown += [f"{line[figure]:.1f}" for figure in ("rate", "distortion")]
         for part in ("luminance", "chroma", "roughness"):
@@ -110,6 +114,12 @@ def test_readme_table_of_six_epochs_agrees_with_its_lines() -> None:
         assert (line["images_seen"], line["training_s"]) == (record["images_seen"], record["wall_s"])
         for figure in ("rate", "distortion", "bits_per_dim"):
             assert line[figure] == pytest.approx(record["metrics"][f"test/{figure}"], rel=1e-4)
+        log = (ROOT / "results/cifar10_six_epochs" / f"log_{window}.jsonl").read_text().splitlines()
+        steps = [json.loads(step) for step in log]
+        validated = [step for step in steps if "val/bits_per_dim" in step]
+        assert curves[window] == [f"{step['val/bits_per_dim']:.3f}" for step in validated]
+        late = [step for step in steps if step["step"] > validated[-2]["step"] and "train/bits_per_dim" in step]
+        assert f"{mean(step['train/bits_per_dim'] for step in late):.3f}" == training
 
 
 def test_readme_table_of_rooflines_agrees_with_its_lines() -> None:
