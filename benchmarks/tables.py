@@ -1,13 +1,15 @@
 """README's tables of binary images: trains named rows, scores them, and writes the tables from what was kept.
 
     python benchmarks/tables.py mnist_static_vlae --seed 1 --samples 128     # a row, or several
+    python benchmarks/tables.py mnist_static_vlae --seed 1 --images 1000     # then 4,096 samples of some images
     python benchmarks/tables.py all                                          # days on a processor
     python benchmarks/tables.py --readme                                     # only writes the tables
 
-A row is trained by `train.py` in runs/tables/ROW_SEED, where an interrupted one goes on, then scored by `python -m vlae
-evaluate` on the whole test split or on `--images` of it. Kept are results/tables/ROW_SEED.json (the record of training
-and of the one-sample bound), ROW_SEED_nll.json (the record of the importance-sampled NLL) and ROW_SEED.png (the
-learning curves). Finished rows are left alone.
+A row is trained by `train.py` in runs/tables/ROW_SEED, on training and validation images as the paper's are; an
+interrupted one goes on there. It is scored by `python -m vlae evaluate` on the whole test split or on `--images` of it,
+the same for all rows. Kept are results/tables/ROW_SEED.json (the record of training and of the one-sample bound),
+ROW_SEED_nll.json and ROW_SEED_nll_part.json (the records of the importance-sampled NLL of all images and of a part)
+and ROW_SEED.png (the learning curves). What is kept is not made again.
 """
 
 import argparse
@@ -76,10 +78,10 @@ PUBLISHED = {  # label, NLL in nats as printed, how it was estimated
     ],
 }
 TITLES = {
-    "mnist_static": "Static MNIST",
-    "mnist": "Dynamic MNIST, 50,000 training images",
-    "caltech101": "Caltech-101 silhouettes",
-    "omniglot_original": "OMNIGLOT's originals, not comparable with published figures",
+    "mnist_static": "Static MNIST, 60,000 training images",
+    "mnist": "Dynamic MNIST, 60,000 training images",
+    "caltech101": "Caltech-101 silhouettes, 6,364 training images",
+    "omniglot_original": "OMNIGLOT's originals, 24,345 training images; not comparable with published figures",
 }
 BEGIN, END = "<!-- tables: python benchmarks/tables.py --readme -->\n", "<!-- end of tables -->\n"
 
@@ -88,56 +90,54 @@ def train(row: str, seed: int) -> Path:
     """Trains a row or goes on with it; the folder of the run."""
     name = f"{row}_{seed}"
     folder = Path("runs") / "tables" / name
-    own = [f"seed={seed}", f"record=tables/{name}", f"folder={folder}"]
-    quiet = ["wandb.mode=disabled", "trainer.enable_progress_bar=false"]
-    subprocess.run([sys.executable, "train.py", *ROWS[row].overrides.split(), *own, *quiet], cwd=ROOT, check=True)
-    shutil.copy(ROOT / folder / "learning_curves.png", KEPT / f"{name}.png")
+    if not (KEPT / f"{name}.json").exists():
+        own = ["data.train_on_validation=true", f"seed={seed}", f"record=tables/{name}", f"folder={folder}"]
+        quiet = ["wandb.mode=disabled", "trainer.enable_progress_bar=false"]
+        subprocess.run([sys.executable, "train.py", *ROWS[row].overrides.split(), *own, *quiet], cwd=ROOT, check=True)
+        shutil.copy(ROOT / folder / "learning_curves.png", KEPT / f"{name}.png")
     return folder
 
 
 def score(folder: Path, samples: int, images: int | None, ranks: int) -> None:
     """Estimates the NLL of a row or goes on with it, by so many processes."""
+    kept = KEPT / f"{folder.name}_nll{'_part' if images else ''}.json"
+    if kept.exists():
+        old = json.loads(kept.read_text())
+        if old["samples"] >= samples and old["images"] >= (images or 0):
+            return
     start = [sys.executable, "-m"]
     environment = dict(os.environ)
     if ranks > 1:
         start += ["torch.distributed.run", "--nproc-per-node", str(ranks), "-m"]
         environment["OMP_NUM_THREADS"] = "1"
-    part = [] if images is None else ["--images", str(images)]
+    part = ["--images", str(images)] if images else []
     command = [*start, "vlae", "evaluate", str(folder), "--samples", str(samples), *part]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
-    shutil.copy(ROOT / folder / "evaluate.json", KEPT / f"{folder.name}_nll.json")
+    shutil.move(ROOT / folder / "evaluate.json", kept)  # or it would stand in the way of the other
 
 
-def kept(row: str) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Name, training record and NLL record of each seed of a row that is done."""
-    found = []
-    for file in sorted(KEPT.glob(f"{row}_[0-9]*_nll.json")):
-        name = file.stem.removesuffix("_nll")
-        found.append((name, json.loads((KEPT / f"{name}.json").read_text()), json.loads(file.read_text())))
-    return found
+def read(path: Path) -> dict[str, Any]:
+    """A record, empty where there is none."""
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
-HEAD = (
-    "model",
-    "record",
-    "NLL",
-    "samples",
-    "standard error",
-    "bound",
-    "rate",
-    "distortion",
-    "parameters",
-    "images seen",
-)
+HEAD = "model", "records", "bound", "rate", "distortion", "NLL", "K", "NLL of a part", "K", "parameters", "images seen"
 
 
-def line(label: str, name: str, trained: dict[str, Any], scored: dict[str, Any]) -> list[str]:
+def line(label: str, name: str) -> list[str]:
     """The cells of one run."""
-    nll, bound = scored["metrics"], trained["metrics"]
-    cells = [label, f"[training](results/tables/{name}.json), [NLL](results/tables/{name}_nll.json)"]
-    cells += [f"{nll['test/nll']:.2f}", f"{scored['samples']:,} x {scored['images']:,}"]
-    cells += [f"{nll['test/nll_standard_error']:.2f}"]
-    cells += [f"{bound[f'test/{figure}']:.2f}" for figure in ("nelbo", "rate", "distortion")]
+    records = {kind: read(KEPT / f"{name}{kind}.json") for kind in ("", "_nll", "_nll_part")}
+    links = {"": "training", "_nll": "NLL", "_nll_part": "part"}
+    cells = [
+        label,
+        ", ".join(f"[{links[kind]}](results/tables/{name}{kind}.json)" for kind in records if records[kind]),
+    ]
+    trained = records.pop("")
+    cells += [f"{trained['metrics'][f'test/{figure}']:.2f}" for figure in ("nelbo", "rate", "distortion")]
+    for scored in records.values():
+        nll = scored.get("metrics", {})
+        error = f"±{nll['test/nll_standard_error']:.2f}" if nll else ""
+        cells += [f"{nll['test/nll']:.2f}{error}", f"{scored['samples']:,} x {scored['images']:,}"] if nll else ["", ""]
     return [*cells, *(f"{trained[figure]:,}" for figure in ("parameters", "images_seen"))]
 
 
@@ -147,22 +147,23 @@ def tables() -> str:
     for data, title in TITLES.items():
         cells = []
         for row, (label, overrides) in ROWS.items():
-            done = kept(row) if overrides.split()[0] == f"experiment={data}" else []
-            for name, trained, scored in done:
-                seed = f", seed {trained['seed']}" if len(done) > 1 else ""
-                cells.append(line(label + seed, name, trained, scored))
+            done = sorted(KEPT.glob(f"{row}_[0-9].json")) if overrides.split()[0] == f"experiment={data}" else []
+            seeds = [f", seed {file.stem[-1]}" if len(done) > 1 else "" for file in done]
+            cells += [line(label + seed, file.stem) for file, seed in zip(done, seeds, strict=True)]
         if cells:
-            published = [[f"*{label}*", "published", nll, kind] for label, nll, kind in PUBLISHED.get(data, [])]
+            published = [
+                [f"*{label}*", "published", "", "", "", nll, kind] for label, nll, kind in PUBLISHED.get(data, [])
+            ]
             rows = [HEAD, ["---"] * len(HEAD), *cells, *published]
             lines = ["| " + " | ".join([*row, *[""] * (len(HEAD) - len(row))]) + " |" for row in rows]
-            texts.append("\n".join([f"**{title}**, test split, nats an image:", "", *lines, ""]))
+            texts.append("\n".join([f"**{title}**", "", *lines, ""]))
     return "\n".join(texts)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"all, or of {', '.join(ROWS)}")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, choices=range(10))
     parser.add_argument("--samples", type=int, default=4096, help="codes an image of the NLL")
     parser.add_argument("--images", type=int, help="of the test split, drawn by seed, instead of all")
     parser.add_argument("--ranks", type=int, default=1, help="processes that share the images of the NLL")
@@ -174,9 +175,11 @@ def main() -> None:
     if bool(rows) == arguments.readme:
         parser.error("name rows, or give --readme")
     KEPT.mkdir(parents=True, exist_ok=True)
+    readme = ROOT / "README.md"
+    if [readme.read_text().count(mark) for mark in (BEGIN, END)] != [1, 1]:
+        parser.error(f"{readme}: needs the lines {BEGIN.strip()} and {END.strip()}, once each")
     for row in rows:
         score(train(row, arguments.seed), arguments.samples, arguments.images, arguments.ranks)
-    readme = ROOT / "README.md"
     before, _, rest = readme.read_text().partition(BEGIN)
     readme.write_text(f"{before}{BEGIN}\n{tables()}\n{END}{rest.partition(END)[2]}")
 

@@ -149,6 +149,11 @@ def main() -> None:
     found = sorted(map(opened, arguments.runs), key=lambda each: (len(each[0].decoder.window), name(each[0])))
     images, first = found[0][1:]
     settings = [flat(model.description["model"]) for model, _, _ in found]
+    files = [folder / "metrics.json" for _, _, folder in found]
+    trained = [json.loads(file.read_text()) if file.exists() else {} for file in files]
+    seen = [each.get("images_seen") for each in trained]
+    if len({*seen}) > 1:
+        parser.error(f"images seen: {', '.join(map(str, seen))}; as many are needed to compare windows")
     if images is None or images.shape[0] != 3:
         parser.error(f"{first}: not a run on images of three channels")
     for (_, own, folder), mine in zip(found, settings, strict=True):
@@ -163,11 +168,8 @@ def main() -> None:
     text = "Test images; below, for each model, pixels drawn anew from the code of the image. What is alike the "
     text += "code kept; the rest was made up by the decoder from its window of earlier pixels"
     rows = [captioned(grid(x[:COLUMNS], images.levels, COLUMNS), text)]
-    for model, own, folder in found:
+    for (model, own, _), cost in zip(found, trained, strict=True):
         assert own is not None
-        file = folder / "metrics.json"
-        trained = json.loads(file.read_text()) if file.exists() else {}
-        seen = trained.get("images_seen")
         figures, again, drawn = measure(model, test, chosen, own.seed, arguments.samples, arguments.seed)
         line = {
             "bench": "windows",
@@ -175,9 +177,9 @@ def main() -> None:
             "window": name(model),
             "grey": model.decoder.grey,
             "visible_pixels": len(model.decoder.window),
-            "epochs": seen and round(seen / len(images.splits.train.images), 2),
-            "images_seen": seen,
-            "training_s": trained.get("wall_s"),
+            "epochs": seen[0] and round(seen[0] / len(images.splits.train.images), 2),
+            "images_seen": seen[0],
+            "training_s": cost.get("wall_s"),
             "parameters": sum(each.numel() for each in model.parameters()),
             "test_images": len(test),
             **figures,

@@ -9,6 +9,7 @@ import sys
 import time
 from math import ceil
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 import torch
@@ -86,15 +87,28 @@ def test_windows_of_cifar10_differ_alone(experiment: str) -> None:
 
 @pytest.mark.parametrize("experiment", sorted({*YAML["experiment"]} - {*WINDOWS}))
 def test_every_experiment_takes_two_steps(experiment: str, files: Path, here: Path) -> None:
-    """At full size."""
+    """At full size, but for the batch."""
     composed = config(f"experiment={experiment}")
     mine = overrides(composed["data"]["_target_"].rsplit(".", 1)[1], files)
+    mine += ["data.batch_size=8", "data.eval_batch_size=8"]
     few = ["trainer.max_steps=2", "trainer.limit_test_batches=1", *CPU]
     limits = [f"+{text}" if "limit" in text else text for text in few]
     metrics = run(config(f"experiment={experiment}", *mine, *limits), here / "run", "python train.py")
     assert metrics["steps"] == 2
-    assert metrics["images_seen"] == 2 * composed["data"]["batch_size"]
+    assert metrics["images_seen"] == 2 * 8
     assert 0 < metrics["test/nelbo"] < float("inf")
+
+
+@pytest.mark.parametrize("benchmark", ["tables", "ablations"])
+def test_what_benchmarks_train_differs_and_builds(benchmark: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT / "benchmarks")
+    names = run_path(f"{benchmark}.py")
+    rows = [row.overrides for row in names["ROWS"].values()] if benchmark == "tables" else names["CHANGES"]
+    base = "" if benchmark == "tables" else "experiment=mnist_static "
+    composed = [config(*(base + row).split()) for row in rows]
+    assert len({json.dumps(each, sort_keys=True) for each in composed}) == len(rows) > 1
+    for each in composed:
+        build(each["model"], (1, 28, 28), 2)
 
 
 @pytest.mark.parametrize(
@@ -294,17 +308,6 @@ def test_offline_runs_need_no_network_and_ask_nothing(here: Path, monkeypatch: p
     assert len(runs) == 1
     assert list(runs[0].glob("*.wandb"))
     assert {path.name for path in here.iterdir()} <= {"run", "home"}
-
-
-def test_two_ranks_share_a_folder_and_leave_one_result(here: Path) -> None:
-    one = ["trainer.max_steps=2", "data.batch_size=100", "record=both", "+trainer.limit_val_batches=1"]
-    done = process(*DIGITS, *one, "trainer.devices=2", "trainer.strategy=ddp", "folder=run")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("independent pixels") == 1
-    assert "sync_dist" not in done.stderr
-    record = json.loads(Path("results/both.json").read_text())
-    assert (record["steps"], record["images_seen"]) == (2, 400)
-    assert {path.name for path in here.iterdir()} == {"run", "results"}
 
 
 def test_max_time_ends_a_run(here: Path) -> None:

@@ -101,6 +101,21 @@ def test_a_grey_window_shows_luminance_alone() -> None:
         assert (model(u + 0.1, h) - params).abs().amax() > 1e-2
 
 
+@pytest.mark.parametrize(("code", "channels", "grey"), [(2, 1, {}), *MAPS])
+def test_autocast_does_not_reach_the_look_at_the_window(code: Code, channels: int, grey: dict[str, bool]) -> None:
+    model = decoder("5x3", (channels, 6, 5), code, **grey).float()
+    u, z = (part.float() for part in inputs(model))
+    looked: list[Tensor] = []
+    assert model.look is not None
+    model.look.register_forward_hook(lambda _, given, made: looked.extend([given[0], made]))
+    model(u, model.features(z))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(u, model.features(z))
+    given, made, given_again, made_again = looked
+    assert torch.equal(given_again, given)
+    assert torch.equal(made_again, made)
+
+
 def test_a_grey_window_hides_no_earlier_channel_of_the_pixel_itself() -> None:
     likelihood = LogisticMixture(channels=3, levels=256, components=2)
     model = decoder("3x2", (3, 5, 7), code="maps", grey=True, num_params=likelihood.num_params)

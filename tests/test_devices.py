@@ -113,15 +113,20 @@ def test_every_start_of_two_ranks_leaves_one_run(
     start: str, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    ranks = ["trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=125"]
+    ranks = ["trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=125", "record=both"]
     line = [sys.executable, *STARTS[start], *RUN, *ranks]
     # W&B's service of this process would write where this process stood as it started
     fresh = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"} | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, env=fresh, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "sync_dist" not in done.stderr
     (settings,) = tmp_path.rglob("config.json")
     files, dashboards, metrics = left(settings.parent)
     expected, _, whole = left(alone)
     assert files - {Path("output.log")} == expected
     assert dashboards == 1
+    shown = settings.with_name("output.log").read_text() if start == "sweep" else done.stdout
+    assert shown.count("independent pixels") == 1
+    (record,) = (tmp_path / "results").rglob("*.json")
+    assert json.loads(record.read_text())["images_seen"] == whole["images_seen"]
     assert metrics == pytest.approx(whole, rel=1e-4, abs=1e-4)

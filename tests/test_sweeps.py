@@ -201,30 +201,36 @@ def test_a_sweep_from_outside(here: Path) -> None:
     assert {path.name for path in here.iterdir()} == {"runs"}
 
 
-@pytest.mark.parametrize(
-    "launcher", [[], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]], ids=["basic", "joblib"]
-)
-def test_a_stopped_sweep_goes_on(here: Path, launcher: list[str]) -> None:
-    """Its jobs are stopped at a step, are no success, and end by the same command."""
-    settings = ["trainer.max_epochs=100000", "optimizer.schedule=constant", "folder=all", "seed=3,4", *launcher]
-    going = subprocess.Popen(line(*settings), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    begun = [3, 4] if launcher else [3]
-    names = {
-        seed: named([*lasting(DIGITS, "digits"), "optimizer.schedule=constant", f"seed={seed}"]) for seed in (3, 4)
-    }
-    last = [here / "all" / names[seed] / "checkpoints" / "last.ckpt" for seed in begun]
-    while not all(path.exists() for path in last) and going.poll() is None:
-        time.sleep(0.1)
-    going.send_signal(signal.SIGINT if launcher else signal.SIGTERM)
-    output, _ = going.communicate()
-    assert going.returncode == 128 + (signal.SIGINT if launcher else signal.SIGTERM), output
-    assert {run.folder.name: run.state for run in jobs(here / "all")} == {names[seed]: "unfinished" for seed in begun}
-    assert output.count("; the same command goes on") == len(begun)
-    logs = {path: (path.parents[1] / "log.jsonl").read_text() for path in last}
+def test_a_stopped_sweep_goes_on(here: Path) -> None:
+    """Its jobs are stopped at a step, are no success, and go on and end by the same command, whatever launches them."""
+    settings = ["trainer.max_epochs=100000", "optimizer.schedule=constant", "folder=all", "seed=3,4"]
+    names = [named([*lasting(DIGITS, "digits"), "optimizer.schedule=constant", f"seed={seed}"]) for seed in (3, 4)]
+    logs: dict[Path, str] = {}
+    for launcher, stop, begun in (
+        ([], signal.SIGTERM, names[:1]),
+        (["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], signal.SIGINT, names),
+    ):
+        last = [here / "all" / name / "checkpoints" / "last.ckpt" for name in begun]
+        before = {path: path.stat().st_mtime_ns for path in last if path.exists()}
+        going = subprocess.Popen(
+            line(*settings, *launcher), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        while going.poll() is None:
+            if all(path.exists() and path.stat().st_mtime_ns != before.get(path) for path in last):
+                break
+            time.sleep(0.1)
+        going.send_signal(stop)
+        output, _ = going.communicate()
+        assert going.returncode == 128 + stop, output
+        assert {run.folder.name: run.state for run in jobs(here / "all")} == dict.fromkeys(begun, "unfinished")
+        assert output.count("; the same command goes on") == len(begun)
+        logs = {path.parents[1] / "log.jsonl": "" for path in last} | logs
+        for path, rows in logs.items():  # it went on, and did not begin again
+            assert path.read_text().startswith(rows)
+            logs[path] = path.read_text()
     steps = max(torch.load(path, weights_only=True)["global_step"] for path in last) + 2
 
     done = sweep(*settings, f"trainer.max_steps={steps}")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [job(here / "all" / names[seed]).metrics["steps"] for seed in (3, 4)] == [steps, steps]
-    for path, rows in logs.items():  # it went on, and did not begin again
-        assert (path.parents[1] / "log.jsonl").read_text().startswith(rows)
+    assert [job(here / "all" / name).metrics["steps"] for name in names] == [steps, steps]
+    assert all(path.read_text().startswith(rows) for path, rows in logs.items())

@@ -78,7 +78,8 @@ class Windowed(nn.Module):
         self, u: Float[Tensor, "#B C H W"], h: Float[Tensor, "#B n F"], neighbours: Int[Tensor, "n N"]
     ) -> Float[Tensor, "B P n"]:
         if self.look is not None:
-            h = h + self.look(self.shown(u, neighbours))
+            with torch.autocast(u.device.type, enabled=False):  # bfloat16 would cost 0.008 bits/dim of CIFAR-10
+                h = (h + self.look(self.shown(u, neighbours))).to(h.dtype)
         return self.head(self.blocks(h)).mT.expand(max(len(u), len(h)), -1, -1)
 
     def forward(self, u: Float[Tensor, "#B C H W"], h: Float[Tensor, "#B F H W"]) -> Float[Tensor, "B P H W"]:
