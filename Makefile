@@ -1,7 +1,9 @@
 PYTHON ?= python3
 ARGS ?=
 RUN := .venv/bin/python -m
-PIP := $(RUN) pip install -qq --disable-pip-version-check
+PIP := $(RUN) pip install -qq --disable-pip-version-check --no-compile
+# pip compiles on one core, and every package's own tests too
+COMPILE := $(RUN) compileall -qq -j 0 -x '/tests?/' .venv/lib || true
 
 .DEFAULT_GOAL := help
 .PHONY: help train test tables lint format clean
@@ -34,11 +36,13 @@ clean: ## remove .venv and caches; runs/ stays
 .venv/installed: pyproject.toml | .venv/bin/python
 	@echo "Installing vlae into .venv: a few minutes, once"
 	@$(PIP) --editable '.[plots,compress]'
+	@$(COMPILE)
 	@touch $@
 
 .venv/installed-dev: pyproject.toml | .venv/bin/python
 	@echo "Installing vlae and every extra into .venv: a few minutes, once"
 	@$(PIP) --editable '.[dev]'
+	@$(COMPILE)
 	@touch .venv/installed $@
 
 .venv/bin/python:

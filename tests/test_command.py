@@ -17,7 +17,7 @@ from small import CPU, DIGITS, ROOT, TINY, command, config, overrides, write_fil
 
 from vlae import build
 from vlae.datasets import Splits
-from vlae.experiment import run
+from vlae.experiment import prepare, run, trainer_for
 from vlae.launch import UNNAMED, lasting, named
 from vlae.records import RESUMABLE
 
@@ -85,7 +85,18 @@ def test_windows_of_cifar10_differ_alone(experiment: str) -> None:
     assert decoder == other | {"receptive_field": WINDOWS[experiment], "grey": experiment.endswith("grey")}
 
 
-@pytest.mark.parametrize("experiment", sorted({*YAML["experiment"]} - {*WINDOWS}))
+def test_the_largest_experiment_takes_two_steps(files: Path, tmp_path: Path) -> None:
+    """At full size, but for the batch, and without its last pictures, which take a while."""
+    mine = [*overrides("cifar10", files), *CPU, "data.batch_size=8"]
+    limits = ["trainer.max_steps=2", "+trainer.limit_val_batches=0"]
+    asked, images, model = prepare(config("experiment=cifar10_7x4", *mine, *limits))
+    trainer = trainer_for(asked, images, tmp_path, [])
+    trainer.fit(model, images)
+    assert trainer.global_step == 2
+    assert not torch.equal(model.model.decoder.head.weight, torch.zeros_like(model.model.decoder.head.weight))
+
+
+@pytest.mark.parametrize("experiment", sorted({*YAML["experiment"]} - {*WINDOWS, "cifar10_7x4"}))
 def test_every_experiment_takes_two_steps(experiment: str, files: Path, here: Path) -> None:
     """At full size, but for the batch."""
     composed = config(f"experiment={experiment}")
