@@ -224,6 +224,18 @@ def test_total_probability_of_all_images_is_one(receptive_field: str, code: Code
     assert log_px.flatten(1).sum(1).exp().sum().item() == pytest.approx(1, abs=1e-12)
 
 
+@pytest.mark.parametrize("grey", [False, True])
+@pytest.mark.parametrize("receptive_field", ["none", "2x1", "3x2"])
+def test_total_probability_of_all_colour_images_is_one(receptive_field: str, grey: bool) -> None:
+    """All images of 2x2 pixels, each with three channels of two levels."""
+    likelihood = LogisticMixture(channels=3, levels=2, components=2)
+    model = decoder(receptive_field, (3, 2, 2), "maps", num_params=likelihood.num_params, grey=grey)
+    x = (torch.arange(2**12)[:, None] >> torch.arange(12) & 1).view(-1, 3, 2, 2)
+    with torch.no_grad():
+        params = model(2.0 * x.double() - 1, model.features(inputs(model, batch=1)[1]))
+    assert likelihood.log_prob(params, x).flatten(1).sum(1).exp().sum().item() == pytest.approx(1, abs=1e-12)
+
+
 @over_codes
 def test_a_fresh_decoder_gives_zeros(code: Code) -> None:
     model = fresh("3x2", code=code).double()

@@ -49,7 +49,7 @@ def test_probabilities_sum_to_one(likelihood: Likelihood, pixels: tuple[int, ...
         torch.testing.assert_close(likelihood.pmf(params, x[:, :c]).sum(1), one, rtol=1e-12, atol=1e-12)
 
 
-@over_likelihoods
+@pytest.mark.parametrize("likelihood", [*LIKELIHOODS, LogisticMixture(channels=3, levels=256, components=3)], ids=name)
 @pytest.mark.parametrize("pixels", PIXELS)
 def test_chain_of_pmfs_is_log_prob(likelihood: Likelihood, pixels: tuple[int, ...]) -> None:
     params = parameters(likelihood, *pixels, size=1.0)  # pmfs above exp's underflow

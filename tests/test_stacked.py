@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import images, settings, shaken
 
+from vlae.likelihoods import LogisticMixture
 from vlae.model import VLAE, build
 from vlae.sampling import decode
 from vlae.stacked import StackedPixelCNN
@@ -56,6 +57,20 @@ def test_at_is_forward(code: int) -> None:
     everywhere = model(u, h)
     assert everywhere.shape == (3, 1, 6, 7)
     assert torch.equal(model.at(u, h, i, j), everywhere[:, :, i, j])  # type: ignore[operator]
+
+
+def test_other_pixels_are_seen_in_all_channels_and_the_own_in_none() -> None:
+    likelihood = LogisticMixture(channels=3, levels=2, components=2)
+    sizes = {"features": 3, "filters": 5, "layers": 2, "widths": [4, 6], "hidden": 10}
+    model = shaken(StackedPixelCNN(shape=(3, 2, 2), code=2, num_params=likelihood.num_params, **sizes))
+    x = (torch.arange(2**12)[:, None] >> torch.arange(12) & 1).view(-1, 3, 2, 2)
+    h = model.features(torch.randn(1, 2).double())
+    u = torch.rand(1, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(model(u, h)[0, :, 1, 0].square().sum(), u)
+    assert torch.equal(gradient[0] != 0, torch.tensor([[True, True], [False, False]]).expand(3, 2, 2))
+    with torch.no_grad():
+        log_px = likelihood.log_prob(model(2.0 * x.double() - 1, h), x)
+    assert log_px.flatten(1).sum(1).exp().sum().item() == pytest.approx(1, abs=1e-12)
 
 
 def test_probabilities_of_all_images_sum_to_one() -> None:
