@@ -17,7 +17,9 @@ import vlae
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-RECORDS = sorted(path for path in (ROOT / "results").glob("*.json"))
+TABLES = ROOT / "results" / "tables"
+TRAINED = sorted(path for path in TABLES.glob("*.json") if "_nll" not in path.name)
+RECORDS = [*sorted((ROOT / "results").glob("*.json")), *TRAINED]
 FIELDS = {
     "name",
     "command",
@@ -47,11 +49,12 @@ def test_readme_code_runs(code: str, tmp_path: Path) -> None:
 def test_record_is_whole(path: Path) -> None:
     record = json.loads(path.read_text())
     assert set(record) == FIELDS
-    assert record["name"] == path.stem
+    name = str(path.relative_to(ROOT / "results").with_suffix(""))
+    assert record["name"] == name
     assert re.fullmatch(r"[0-9a-f]{40}", record["commit"]), "measured from files that no commit holds"
     assert (ROOT / "conf" / "data" / f"{record['data']}.yaml").exists()
     export = f" export .* {path.stem.removesuffix('_weights')}$"
-    assert re.search(rf" record={path.stem}( |$)|{export}", record["command"])
+    assert re.search(rf" record={name}( |$)|{export}", record["command"])
     for name in ("rate", "distortion", "nelbo", "bits_per_dim"):
         assert isinstance(record["metrics"][f"{record['split']}/{name}"], float)
 
@@ -63,6 +66,31 @@ def test_readme_tables_agree_with_records() -> None:
     for name, *shown in rows:
         metrics = json.loads((ROOT / "results" / f"{name}.json").read_text())["metrics"]
         assert shown == [f"{metrics[f'test/{figure}']:.2f}" for figure in ("nelbo", "rate", "distortion")]
+
+
+def test_readme_tables_of_binary_images_agree_with_their_records() -> None:
+    """And each record has its row."""
+    text = README.partition("<!-- tables: ")[2].partition("<!-- end of tables -->")[0]
+    rows = [row.split(" | ") for row in re.findall(r"^\| (.* \| \[training\]\(.*) \|$", text, re.M)]
+    linked = [re.findall(r"results/tables/(\w+)\.json", row[1]) for row in rows]
+    assert sorted(name for names in linked for name in names) == sorted(path.stem for path in TABLES.glob("*.json"))
+    for (_, _, *cells), names in zip(rows, linked, strict=True):
+        record, *scored = (json.loads((TABLES / f"{name}.json").read_text()) for name in names)
+        assert "data.train_on_validation=true" in record["command"]
+        shown = [f"{record['metrics'][f'test/{figure}']:.2f}" for figure in ("nelbo", "rate", "distortion")]
+        nll = {name.removeprefix(names[0]): each for name, each in zip(names[1:], scored, strict=True)}
+        for kind in ("_nll", "_nll_part"):
+            if kind in nll:
+                found = nll[kind]["metrics"]
+                shown.append(f"{found['test/nll']:.2f}±{found['test/nll_standard_error']:.2f}")
+                shown.append(f"{nll[kind]['samples']:,} x {nll[kind]['images']:,}")
+                assert re.fullmatch(r"[0-9a-f]{40}", nll[kind]["commit"])
+                assert f"runs/tables/{names[0]} " in nll[kind]["command"]
+                assert (nll[kind]["data"], nll[kind]["split"]) == (record["data"], "test")
+                assert found["test/nll"] <= found["test/nelbo"]
+            else:
+                shown += ["", ""]
+        assert cells == [*shown, f"{record['parameters']:,}", f"{record['images_seen']:,}"]
 
 
 def test_readme_tables_of_the_sweep_agree_with_its_jobs() -> None:
