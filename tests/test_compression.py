@@ -104,7 +104,7 @@ for floats in ("float32", "float64"):
         print("refused")
 """
     model = load("mnist_static")
-    x = sample(model, torch.randn(5, 64), torch.rand(5, 1, 28, 28)).to(torch.uint8)
+    x = sample(model, torch.randn(3, 64), torch.rand(3, 1, 28, 28)).to(torch.uint8)
     torch.save(x, tmp_path / "x.pt")
     for floats in ("float32", "float64"):
         (tmp_path / floats).write_bytes(compress(model.to(getattr(torch, floats)), x))

@@ -86,8 +86,7 @@ def test_the_losses_and_weights_of_two_ranks_are_those_of_one_process(
 
 RUN = [*DIGITS, "trainer.max_epochs=2", "trainer.check_val_every_n_epoch=1", "objective.free_bits=1.0"]
 RUN += ["data.eval_batch_size=90", "wandb.mode=offline"]
-STARTS = {
-    "lightning": [str(ROOT / "train.py")],
+STARTS = {  # a sweep's job is `python train.py`, whose ranks Lightning starts
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py")],
     "sweep": [str(ROOT / "train.py"), "-m"],
 }
