@@ -86,6 +86,11 @@ TITLES = {
 BEGIN, END = "<!-- tables: python benchmarks/tables.py --readme -->\n", "<!-- end of tables -->\n"
 
 
+def read(path: Path) -> dict[str, Any]:
+    """A record, empty where there is none."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def train(row: str, seed: int) -> Path:
     """Trains a row or goes on with it; the folder of the run."""
     name = f"{row}_{seed}"
@@ -100,25 +105,19 @@ def train(row: str, seed: int) -> Path:
 
 def score(folder: Path, samples: int, images: int | None, ranks: int) -> None:
     """Estimates the NLL of a row or goes on with it, by so many processes."""
-    kept = KEPT / f"{folder.name}_nll{'_part' if images else ''}.json"
-    if kept.exists():
-        old = json.loads(kept.read_text())
-        if old["samples"] >= samples and old["images"] >= (images or 0):
-            return
+    kept = KEPT / f"{folder.name}_nll{'' if images is None else '_part'}.json"
+    old = read(kept)
+    if old and old["samples"] >= samples and old["images"] >= (images or 0):
+        return
     start = [sys.executable, "-m"]
     environment = dict(os.environ)
     if ranks > 1:
         start += ["torch.distributed.run", "--nproc-per-node", str(ranks), "-m"]
         environment["OMP_NUM_THREADS"] = "1"
-    part = ["--images", str(images)] if images else []
+    part = [] if images is None else ["--images", str(images)]
     command = [*start, "vlae", "evaluate", str(folder), "--samples", str(samples), *part]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     shutil.move(ROOT / folder / "evaluate.json", kept)  # or it would stand in the way of the other
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A record, empty where there is none."""
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 HEAD = "model", "records", "bound", "rate", "distortion", "NLL", "K", "NLL of a part", "K", "parameters", "images seen"
@@ -156,7 +155,7 @@ def tables() -> str:
             ]
             rows = [HEAD, ["---"] * len(HEAD), *cells, *published]
             lines = ["| " + " | ".join([*row, *[""] * (len(HEAD) - len(row))]) + " |" for row in rows]
-            texts.append("\n".join([f"**{title}**", "", *lines, ""]))
+            texts.append("\n".join([f"**{title}**, test split, nats an image:", "", *lines, ""]))
     return "\n".join(texts)
 
 

@@ -175,13 +175,13 @@ def test_jobs_wait_for_a_gpu_of_their_own(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_sweep_from_outside(here: Path) -> None:
-    asked = ["seed=0,x", *FEW]
+    asked = ["seed=0,1,x", *FEW]
     first = sweep(*asked)
     assert first.returncode == 1
     assert not first.stderr
     folder = here / "runs" / "digits" / named([*lasting([*DIGITS, *FEW], "digits"), "seed"])
     runs = jobs(folder)
-    assert {run.folder.name: run.state for run in runs} == {"seed=0": "done", "seed=x": "failed"}
+    assert {run.folder.name: run.state for run in runs} == {"seed=0": "done", "seed=1": "done", "seed=x": "failed"}
     for run in runs:
         assert (run.folder / "metrics.json").exists() == (run.state == "done")
         assert ("seed='x': expected int" in run.reason) == (run.state == "failed")
@@ -190,13 +190,13 @@ def test_a_sweep_from_outside(here: Path) -> None:
         if run.state == "done":
             assert f"{run.metrics['val/nelbo']:.3f}" in first.stdout
     assert points(runs)[0].text("val/nelbo") in first.stdout
-    assert "1 of 2" in first.stdout
+    assert "2 of 3" in first.stdout
     assert (folder / "report.html").exists()
 
     finished = {run.folder: (run.folder / "metrics.json").stat().st_mtime_ns for run in runs if run.state == "done"}
     again = sweep(*asked, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
     assert again.returncode == 1
-    assert again.stdout.count("finished before") == 1
+    assert again.stdout.count("finished before") == 2
     assert finished == {path: (path / "metrics.json").stat().st_mtime_ns for path in finished}
     assert {path.name for path in here.iterdir()} == {"runs"}
 

@@ -78,7 +78,7 @@ class Windowed(nn.Module):
         self, u: Float[Tensor, "#B C H W"], h: Float[Tensor, "#B n F"], neighbours: Int[Tensor, "n N"]
     ) -> Float[Tensor, "B P n"]:
         if self.look is not None:
-            with torch.autocast(u.device.type, enabled=False):  # bfloat16 would cost 0.008 bits/dim of CIFAR-10
+            with torch.autocast(u.device.type, enabled=False):  # bfloat16 would round what is seen
                 h = (h + self.look(self.shown(u, neighbours))).to(h.dtype)
         return self.head(self.blocks(h)).mT.expand(max(len(u), len(h)), -1, -1)
 
