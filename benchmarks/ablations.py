@@ -21,18 +21,20 @@ ROOT = Path(__file__).resolve().parents[1]
 DECODER, PRIOR = "model.decoder", "model.prior"
 CHANGES = [
     "",
-    *(f"{DECODER}.receptive_field={window}" for window in ("none", "4x2", "5x3", "11x6", "15x8")),
+    *(f"{DECODER}.receptive_field={window}" for window in ("none", "4x2", "7x4", "15x8")),
     *(f"{DECODER}.width={width}" for width in (16, 64)),
     *(f"{DECODER}.depth={depth}" for depth in (2, 8)),
     *(f"{DECODER}.features={features}" for features in (8, 64)),
+    f"{DECODER}.widths=[16,32,64] {DECODER}.features=16",
     *(f"{PRIOR}.depth={depth}" for depth in (0, 2, 8)),
     f"{PRIOR}.scale=true",
     *(f"averaging={decay}" for decay in (0, 0.99, 0.9995)),
-    *(f"objective.free_bits={nats}" for nats in (0, 4)),
+    *(f"objective.free_bits={nats}" for nats in (0, 4, 12)),
     *(f"data.batch_size={batch}" for batch in (32, 128)),
     *(f"optimizer.schedule={schedule}" for schedule in ("constant", "linear")),
-    *(f"optimizer.lr={lr}" for lr in (0.001, 0.004)),
-    "optimizer.name=muon optimizer.lr=0.01 trainer.gradient_clip_val=null",
+    *(f"optimizer.lr={lr}" for lr in (0.005, 0.02)),
+    *(f"optimizer.weight_decay={decay}" for decay in (0, 0.4)),
+    "optimizer.name=adamax optimizer.lr=0.002 optimizer.weight_decay=0 trainer.gradient_clip_val=5.0",
     "trainer.precision=32-true",
 ]
 
