@@ -43,7 +43,7 @@ def run(change: str, seed: int, epochs: int) -> dict[str, Any]:
     """Trains one variant; its line."""
     overrides = ["experiment=mnist_static", *change.split()]
     folder = Path("runs") / "ablations" / named([*change.split(), f"seed={seed}", f"epochs={epochs}"])
-    own = [f"seed={seed}", f"trainer.max_epochs={epochs}", "trainer.check_val_every_n_epoch=1", f"folder={folder}"]
+    own = [f"seed={seed}", f"trainer.max_epochs={epochs}", "trainer.check_val_every_n_epoch=1", f"folder='{folder}'"]
     quiet = ["wandb.mode=disabled", "trainer.enable_progress_bar=false"]
     command = [sys.executable, "train.py", *overrides, *own, *quiet]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
