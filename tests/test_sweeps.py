@@ -52,7 +52,7 @@ def planned(*overrides: str) -> tuple[Path, list[str]]:
         (["optimizer.lr=interval(0.1,1)", "data=mnist"], "runs/mnist/optimizer.lr"),
         (["trainer.max_epochs=1,2"], "runs/digits/trainer.max_epochs"),
         (["data=mnist,omniglot", "seed=1"], "runs/several/data,seed=1"),
-        (["experiment=mnist_static,mnist_static_plain"], "runs/several/experiment"),
+        (["experiment=mnist_static,mnist"], "runs/several/experiment"),
         (["seed=0,1", "folder=mine"], "mine"),
         ([], "runs/digits/default"),
         (
