@@ -159,6 +159,29 @@ def tables() -> str:
     return "\n".join(texts)
 
 
+def ablations() -> str:
+    """The table of what `benchmarks/ablations.py --out results/ablations.jsonl` measured."""
+    file = KEPT.parent / "ablations.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    if not lines:
+        return ""
+    head = ["changed", "bound", "rate", "distortion", "bound of 500", "NLL of 500", "parameters"]
+    rows = [head, ["---"] * len(head)]
+    for each in lines:
+        figures = [f"{each[name]:.2f}" for name in ("nelbo", "rate", "distortion", "nelbo_of_500", "nll_of_500")]
+        rows.append([f"`{each['change']}`" if each["change"] else "nothing", *figures, f"{each['parameters']:,}"])
+    return "\n".join(
+        [
+            "**What the number hinges on**: `experiment=mnist_static` with one setting changed,",
+            f"{lines[0]['images_seen']:,} training images seen; validation split, nats an image; NLL with 64 samples of the",
+            "same 500 images ([lines](results/ablations.jsonl)):",
+            "",
+            *("| " + " | ".join(row) + " |" for row in rows),
+            "",
+        ]
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"all, or of {', '.join(ROWS)}")
@@ -180,7 +203,8 @@ def main() -> None:
     for row in rows:
         score(train(row, arguments.seed), arguments.samples, arguments.images, arguments.ranks)
     before, _, rest = readme.read_text().partition(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{tables()}\n{END}{rest.partition(END)[2]}")
+    made = "\n".join(text for text in (tables(), ablations()) if text)
+    readme.write_text(f"{before}{BEGIN}\n{made}\n{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":

@@ -93,6 +93,18 @@ def test_readme_tables_of_binary_images_agree_with_their_records() -> None:
         assert cells == [*shown, f"{record['parameters']:,}", f"{record['images_seen']:,}"]
 
 
+def test_readme_table_of_ablations_agrees_with_its_lines() -> None:
+    path = ROOT / "results" / "ablations.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = re.findall(r"^\| (nothing|`[^|]*=[^|]*`) \| ((?:[\d.]+ \| ){5}[\d,]+) \|$", README, re.M)
+    assert len(rows) == len({line["change"] for line in lines}) == len(lines)
+    for (change, cells), line in zip(rows, lines, strict=True):
+        figures = [f"{line[x]:.2f}" for x in ("nelbo", "rate", "distortion", "nelbo_of_500", "nll_of_500")]
+        assert cells.split(" | ") == [*figures, f"{line['parameters']:,}"]
+        assert change.strip("`") == (line["change"] or "nothing")
+        assert line["images_seen"] == lines[0]["images_seen"]
+
+
 def test_readme_tables_of_the_sweep_agree_with_its_jobs() -> None:
     lines = [json.loads(line) for line in (ROOT / "results/digits_sweep/jobs.jsonl").read_text().splitlines()]
     assert len({json.dumps(line["settings"]) for line in lines}) == 40
