@@ -172,8 +172,8 @@ def ablations() -> str:
         rows.append([f"`{each['change']}`" if each["change"] else "nothing", *figures, f"{each['parameters']:,}"])
     return "\n".join(
         [
-            "**What the number hinges on**: `experiment=mnist_static` with one setting changed,",
-            f"{lines[0]['images_seen']:,} training images seen; validation split, nats an image; NLL with 64 samples of the",
+            "**What the number hinges on**: `experiment=mnist_static` with one setting changed, each run on",
+            f"{lines[0]['images_seen']:,} training images; validation split, nats an image; NLL with 64 samples of the",
             "same 500 images ([lines](results/ablations.jsonl)):",
             "",
             *("| " + " | ".join(row) + " |" for row in rows),
