@@ -199,7 +199,7 @@ def test_training_is_binarised_anew_and_evaluation_once() -> None:
     fixed = images(data.test_dataloader())
     assert torch.equal(fixed, images(make(eval_batch_size=8).test_dataloader()))
     assert torch.equal(fixed, data.part("test").images)
-    assert not torch.equal(fixed, images(make(seed=2).test_dataloader()))
+    assert torch.equal(fixed, images(make(seed=2).test_dataloader()))
     assert set(fixed.unique().tolist()) == {0, 1}
 
 

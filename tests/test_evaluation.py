@@ -370,6 +370,8 @@ def test_a_record_says_what_was_found_of_what(tmp_path: Path, capsys: pytest.Cap
         "bits_per_dim": bound / 64 / math.log(2),
         "nll": nll.mean(),
         "nll_standard_error": nll.std(ddof=1) / math.sqrt(250),
+        "gap": bound - nll.mean(),
+        "gap_standard_error": ((found.rate + found.distortion).numpy() - nll).std(ddof=1) / math.sqrt(250),
         "nll_bits_per_dim": nll.mean() / 64 / math.log(2),
         "ess": found.ess.mean().item(),
     }
@@ -396,6 +398,10 @@ def test_a_part_is_drawn_from_the_whole_split(tmp_path: Path) -> None:
         record = json.loads((tmp_path / "evaluate.json").read_text())
         assert (record["images"], record["metrics"]) == (min(part, 250), metrics)
         parts.append(metrics["test/nll"])
+    drawn = torch.tensor([7, 0, 249, 30])
+    of_four = estimates(model, test[drawn], (0, "test"), 2, 250, numbers=drawn)
+    for part_of, whole in zip(of_four, estimates(model, test, (0, "test"), 2, 250), strict=True):
+        assert torch.allclose(part_of, whole[drawn], rtol=1e-12, atol=0)  # an image's noise is its own
     # a fresh mixture is the harder the farther values are from the middle, so that images differ
     first = estimates(model, test[:40], (0, "test"), 1, 250).log_px.mean().item()
     assert abs(parts[0] + first) > 1e-3

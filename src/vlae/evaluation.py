@@ -88,12 +88,14 @@ def estimates(
     chunk: int,
     folder: Path | None = None,
     every: float = 30.0,
+    numbers: Int64[Tensor, " B"] | None = None,
 ) -> Estimate:
     """`log_likelihood` of many images with a progress bar, about `chunk` rows (images x samples) a pass; on the CPU.
 
-    Noise is a function of key, image and sample. Rank r of the w of torch.distributed takes images r::w, and all ranks
-    return what one process would. With a `folder`, results are kept there in `evaluate.*.part` every so many seconds,
-    and what is kept is not computed again, be the number of ranks the same or not.
+    Noise is a function of key, sample and the image's number, by default its place in `x`. Rank r of the w of
+    torch.distributed takes images r::w, and all ranks return what one process would. With a `folder`, results are kept
+    there in `evaluate.*.part` every so many seconds, and what is kept is not computed again, be the number of ranks the
+    same or not.
 
     Raises:
         ValueError: for sizes below 1, images the model is not for, or files kept of another evaluation.
@@ -105,6 +107,7 @@ def estimates(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = next(model.parameters()).device
     together = max(1, chunk // min(samples, BLOCK))  # images
+    numbers = torch.arange(len(x)) if numbers is None else numbers
     values, done = torch.zeros(len(x), 4, dtype=torch.float64), torch.zeros(len(x), dtype=torch.bool)
     if folder:
         about = {"samples": samples, "key": list(key), "images": digest(x)}
@@ -117,7 +120,7 @@ def estimates(
     for index in track(groups, "log p(x)", console=Console(stderr=True), refresh_per_second=2, disable=rank > 0):
         if done[index].all():
             continue
-        passes = noise(key, index, model.prior.code, samples, max(1, chunk // together))
+        passes = noise(key, numbers[index], model.prior.code, samples, max(1, chunk // together))
         group = log_likelihood(model, x[index].to(device), (eps.to(device) for eps in passes))
         values[index], done[index] = torch.stack(group, 1).cpu(), True
         if not values[index].isfinite().all():
@@ -189,8 +192,10 @@ def evaluate(
         raise ValueError("split=validation: the run was trained on it (data.train_on_validation)")
     refuse_other(model, images)
     x = images.part(split).images  # type: ignore[arg-type]
+    numbers = torch.arange(len(x))
     if part is not None:  # never its first rows: these may be easier or harder than the rest
-        x = x[torch.randperm(len(x), generator=generator("part", 0))[:part]]
+        numbers = torch.randperm(len(x), generator=generator("part", 0))[:part]
+    x = x[numbers]
     refuse_loss(folder / "evaluate.json", split, samples, len(x))
     begun_here = dist.is_torchelastic_launched() and not dist.is_initialized()
     if begun_here:
@@ -199,8 +204,9 @@ def evaluate(
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
     samples = samples if model.prior.code else min(samples, 1)  # of an empty code all samples are equal
     chunk = CHUNK[device.type] if chunk is None else chunk
-    found = estimates(model.to(device), x, (images.seed, split), samples, chunk, folder)
+    found = estimates(model.to(device), x, (images.seed, split), samples, chunk, folder, numbers=numbers)
     log_px, ess, rate, distortion = (values.mean().item() for values in found)
+    gap = found.rate + found.distortion + found.log_px
     bits = 1 / (math.log(2) * math.prod(images.shape))
     figures = {  # value, digits, unit
         "nelbo": (rate + distortion, 3, "nats, bound"),
@@ -208,11 +214,9 @@ def evaluate(
         "distortion": (distortion, 3, "nats"),
         "bits_per_dim": ((rate + distortion) * bits, 4, "bound"),
         "nll": (-log_px, 3, f"nats, {samples:,} samples an image"),
-        "nll_standard_error": (
-            found.log_px.std(correction=0).item() / max(1, len(x) - 1) ** 0.5,
-            3,
-            "nats, over images",
-        ),
+        "nll_standard_error": (standard_error(found.log_px), 3, "nats, over images"),
+        "gap": (gap.mean().item(), 3, "nats, from nll up to nelbo"),
+        "gap_standard_error": (standard_error(gap), 3, "nats, over images"),
         "nll_bits_per_dim": (-log_px * bits, 4, f"{samples:,} samples an image"),
         "ess": (ess, 1, f"effective samples of {samples:,}, mean over images"),
     }
@@ -240,6 +244,11 @@ def evaluate(
     if begun_here:
         dist.destroy_process_group()
     return metrics
+
+
+def standard_error(values: Float[Tensor, " B"]) -> float:
+    """Of the mean of independent values; 0 of a single one."""
+    return values.std(correction=0).item() / max(1, len(values) - 1) ** 0.5
 
 
 def refuse_other(model: VLAE, images: Images) -> None:

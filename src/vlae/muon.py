@@ -29,8 +29,9 @@ class Muon(torch.optim.AdamW):
     """Steps along the orthogonal matrix nearest to the momentum (Jordan et al. 2024): all directions of a layer learn
     alike fast. A kernel is the matrix [out, all else] and a matrix [m, n] moves by lr sqrt(max(1, m / n)).
 
-    What is no matrix, and layers named `head`, go by AdamW, at a fifth of `lr`. torch's own is for matrices alone. A
-    step uses the gradients of its matrices up: they are None afterwards.
+    A masked matrix moves where it is masked too, in vain. What is no matrix, and layers named `head`, go by AdamW, at a
+    fifth of `lr`. torch's own is for matrices alone. A step uses the gradients of its matrices up: they are None
+    afterwards.
     """
 
     def __init__(self, named: Iterable[tuple[str, Tensor]], lr: float, weight_decay: float):

@@ -12,7 +12,7 @@ from vlae.window import neighbours, seen, waves, window
 
 
 class MapMade(nn.Module):
-    """The same for a code of maps, [C h w] in one row: each number from a window of earlier positions, all their
+    """The MADE for a code of maps, [C h w] in one row: each number from a window of earlier positions, all their
     channels, and from the earlier channels of its own position.
 
     One linear look at the window, then a MADE over the channels at every position. A wave of positions that do not
