@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from runpy import run_path
 from statistics import mean, stdev
 
 import nbformat
@@ -69,28 +70,41 @@ def test_readme_tables_agree_with_records() -> None:
 
 
 def test_readme_tables_of_binary_images_agree_with_their_records() -> None:
-    """And each record has its row."""
-    text = README.partition("<!-- tables: ")[2].partition("<!-- end of tables -->")[0]
+    """And each record has its row, of its own name and settings."""
+    made = run_path(str(ROOT / "benchmarks" / "tables.py"))
+    text = README.partition(made["BEGIN"])[2].partition(made["END"])[0]
+    assert text == made["text"](), "python benchmarks/tables.py --readme"
     rows = [row.split(" | ") for row in re.findall(r"^\| (.* \| \[training\]\(.*) \|$", text, re.M)]
     linked = [re.findall(r"results/tables/(\w+)\.json", row[1]) for row in rows]
     assert sorted(name for names in linked for name in names) == sorted(path.stem for path in TABLES.glob("*.json"))
-    for (_, _, *cells), names in zip(rows, linked, strict=True):
-        record, *scored = (json.loads((TABLES / f"{name}.json").read_text()) for name in names)
-        assert "data.train_on_validation=true" in record["command"]
-        shown = [f"{record['metrics'][f'test/{figure}']:.2f}" for figure in ("nelbo", "rate", "distortion")]
-        nll = {name.removeprefix(names[0]): each for name, each in zip(names[1:], scored, strict=True)}
-        for kind in ("_nll", "_nll_part"):
-            if kind in nll:
-                found = nll[kind]["metrics"]
-                shown.append(f"{found['test/nll']:.2f}±{found['test/nll_standard_error']:.2f}")
-                shown.append(f"{nll[kind]['samples']:,} x {nll[kind]['images']:,}")
-                assert re.fullmatch(r"[0-9a-f]{40}", nll[kind]["commit"])
-                assert f"runs/tables/{names[0]} " in nll[kind]["command"]
-                assert (nll[kind]["data"], nll[kind]["split"]) == (record["data"], "test")
-                assert found["test/nll"] <= found["test/nelbo"]
-            else:
-                shown += ["", ""]
-        assert cells == [*shown, f"{record['parameters']:,}", f"{record['images_seen']:,}"]
+    for (label, _, *cells), (name, *more) in zip(rows, linked, strict=True):
+        record = json.loads((TABLES / f"{name}.json").read_text())
+        row = made["ROWS"][name.removesuffix(f"_{record['seed']}")]
+        assert label.removesuffix(f", seed {record['seed']}") == row.label
+        assert f"train.py {row.overrides} data.train_on_validation=true seed={record['seed']} " in record["command"]
+        bound, *shown = (record["metrics"][f"test/{figure}"] for figure in ("nelbo", "rate", "distortion"))
+        expected = [f"{value:.2f}" for value in (bound, *shown)]
+        scored = {each: json.loads((TABLES / f"{each}.json").read_text()) for each in more}
+        for each in scored.values():
+            assert re.fullmatch(r"[0-9a-f]{40}", each["commit"])
+            assert f"evaluate runs/tables/{name} " in each["command"]
+            assert (each["data"], each["split"], each["seed"]) == (record["data"], "test", record["seed"])
+        if whole := scored.get(f"{name}_nll"):
+            found = whole["metrics"]
+            assert abs(found["test/nelbo"] - bound) < 0.2  # of other noise, and of the same weights
+            bound = found["test/nelbo"]
+            expected.append(f"{found['test/nll']:.2f}±{found['test/nll_standard_error']:.2f}")
+            expected.append(f"{whole['samples']:,} x {whole['images']:,}")
+        else:
+            expected += ["", ""]
+        if part := scored.get(f"{name}_nll_part"):
+            found = part["metrics"]
+            nll = bound - found["test/nelbo"] + found["test/nll"]
+            expected.append(f"{nll:.2f}±{found['test/gap_standard_error']:.2f}")
+            expected.append(f"{part['samples']:,} x {part['images']:,}")
+        else:
+            expected += ["", ""]
+        assert cells == [*expected, f"{record['parameters']:,}", f"{record['images_seen']:,}"]
 
 
 def test_readme_table_of_ablations_agrees_with_its_lines() -> None:
