@@ -3,7 +3,7 @@
 Every run sees as many images, on one thread each, `--jobs` at a time beside one another. One JSON line each, of the
 validation split: settings changed, NELBO, rate and distortion in nats (one-sample bounds), the bound and the
 importance-sampled NLL of the same 500 images with 64 samples each, parameters, images seen, seconds of training. Runs
-lie in runs/ablations, where an interrupted one goes on and a finished one is left alone.
+lie in runs/ablations, where an interrupted one goes on; a change that `--out` has a line of is left alone.
 """
 
 import argparse
@@ -48,8 +48,7 @@ def run(change: str, seed: int, epochs: int) -> dict[str, Any]:
     quiet = ["wandb.mode=disabled", "trainer.enable_progress_bar=false"]
     score = ["-m", "vlae", "evaluate", str(folder), "--split", "validation", "--samples", "64", "--images", "500"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = (ROOT / folder / "evaluate.json").exists()
-    for command in () if done else (["train.py", *overrides, *own, *quiet], score):
+    for command in ["train.py", *overrides, *own, *quiet], score:
         subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
     trained, scored = (json.loads((ROOT / folder / f"{name}.json").read_text()) for name in ("metrics", "evaluate"))
     figures = {name: round(trained[f"val/{name}"], 3) for name in ("nelbo", "rate", "distortion")}
@@ -66,8 +65,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, help="a file to append the lines to")
     arguments = parser.parse_args()
+    there = arguments.out is not None and arguments.out.exists()
+    done = {json.loads(line)["change"] for line in arguments.out.read_text().splitlines()} if there else set()
+    changes = [change for change in arguments.changes if change not in done]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for line in pool.map(lambda change: run(change, arguments.seed, arguments.epochs), arguments.changes):
+        for line in pool.map(lambda change: run(change, arguments.seed, arguments.epochs), changes):
             emit(line, arguments.out)
 
 
