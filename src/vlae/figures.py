@@ -66,11 +66,12 @@ def learning_curves(metrics: dict[str, list[tuple[int, float]]], path: Path) -> 
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     titles = {"rate": "rate (nats)", "distortion": "distortion (nats)", "bits_per_dim": "bits/dim, bound"}
     for axes, (name, title) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
-        curves = [smooth(metrics.get(f"train/{name}", [])), metrics.get(f"val/{name}", [])]
-        for curve, label, color in zip(curves, ("training", "validation"), ("0.7", "C0"), strict=True):
-            axes.plot([step for step, _ in curve], [value for _, value in curve], label=label, color=color)
+        curves = {"training": smooth(metrics.get(f"train/{name}", [])), "validation": metrics.get(f"val/{name}", [])}
+        for (label, curve), color in zip(curves.items(), ("0.7", "C0"), strict=True):
+            if curve:  # no validation where its images are trained on
+                axes.plot([step for step, _ in curve], [value for _, value in curve], label=label, color=color)
         # the first fifth falls so far that the rest would be flat
-        settled = [value for curve in curves for _, value in curve[len(curve) // 5 :]]
+        settled = [value for curve in curves.values() for _, value in curve[len(curve) // 5 :]]
         margin = 0.05 * (max(settled) - min(settled)) + 1e-3
         axes.set_ylim(min(settled) - margin, max(settled) + margin)
         axes.set(xlabel="step", title=title)
