@@ -27,6 +27,8 @@ CHANGES = [
     *(f"{DECODER}.depth={depth}" for depth in (2, 8)),
     *(f"{DECODER}.features={features}" for features in (8, 64)),
     f"{DECODER}.widths=[16,32,64] {DECODER}.features=16",
+    f"model.encoder.widths=[64,128,128] {DECODER}.widths=[64,128,128]",
+    f"{DECODER}.dropout=0.1",
     *(f"{PRIOR}.depth={depth}" for depth in (0, 2, 8)),
     f"{PRIOR}.scale=true",
     *(f"averaging={decay}" for decay in (0, 0.99, 0.9995)),
