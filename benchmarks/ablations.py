@@ -3,7 +3,8 @@
 Every run sees as many images, on one thread each, `--jobs` at a time beside one another. One JSON line each, of the
 validation split: settings changed, NELBO, rate and distortion in nats (one-sample bounds), the bound and the
 importance-sampled NLL of the same 500 images with 64 samples each, parameters, images seen, seconds of training. Runs
-lie in runs/ablations, where an interrupted one goes on; a change that `--out` has a line of is left alone.
+lie in runs/ablations, where an interrupted one goes on. A change of which `--out` has a line with that seed is left
+alone.
 """
 
 import argparse
@@ -68,7 +69,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a file to append the lines to")
     arguments = parser.parse_args()
     there = arguments.out is not None and arguments.out.exists()
-    done = {json.loads(line)["change"] for line in arguments.out.read_text().splitlines()} if there else set()
+    lines = map(json.loads, arguments.out.read_text().splitlines() if there else ())
+    done = {line["change"] for line in lines if line["seed"] == arguments.seed}
     changes = [change for change in arguments.changes if change not in done]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for line in pool.map(lambda change: run(change, arguments.seed, arguments.epochs), changes):

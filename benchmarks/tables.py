@@ -111,21 +111,26 @@ def train(row: str, seed: int) -> Path:
         subprocess.run([sys.executable, "train.py", *ROWS[row].overrides.split(), *own, *quiet], cwd=ROOT, check=True)
         if not record.exists():
             sys.exit(f"{record}: not there, and {folder} is finished; remove the folder to train again")
-    if not curves.exists() and (ROOT / folder).exists():
-        shutil.copy(ROOT / folder / "learning_curves.png", curves)
+    drawn = ROOT / folder / "learning_curves.png"  # not without matplotlib
+    if drawn.exists() and not curves.exists():
+        shutil.copy(drawn, curves)
     return folder
 
 
 def score(row: str, folder: Path, samples: int, images: int | None, ranks: int) -> None:
     """Estimates the NLL of a row or goes on with it, by so many processes."""
+    from vlae.evaluation import refuse_loss  # torch, for which --readme need not wait
+
     if "model.code=0" in ROWS[row].overrides:  # one sample is exact
         samples, images = 1, None
     kept = KEPT / f"{folder.name}_nll{'' if images is None else '_part'}.json"
     if old := read(kept):
         if old["samples"] >= samples and old["images"] >= (images or 0):
             return
-        if old["samples"] > samples or old["images"] > (images or old["images"]):
-            sys.exit(f"{kept}: holds {old['samples']} samples of {old['images']} images; move it to have {samples}")
+        try:
+            refuse_loss(kept, "test", samples, images or old["images"])
+        except ValueError as error:
+            sys.exit(str(error))
     if not (ROOT / folder).exists():
         sys.exit(f"{folder}: no run to score; remove {KEPT / folder.name}.json to train it again")
     start = [sys.executable, "-m"]
@@ -152,12 +157,19 @@ def line(label: str, name: str) -> list[str]:
     cells = [f"{trained['metrics'][f'test/{figure}']:.2f}" for figure in ("nelbo", "rate", "distortion")]
     bound = (whole or trained)["metrics"]["test/nelbo"]
     for scored, figure in ((whole, "nll"), (part, "gap")):
-        found = scored.get("metrics", {})
-        value = found.get(f"test/{figure}", 0)
-        nll = value if figure == "nll" else bound - value
-        cells += [f"{nll:.2f}±{found[f'test/{figure}_standard_error']:.2f}"] if found else [""]
-        cells += [f"{scored['samples']:,} x {scored['images']:,}"] if found else [""]
+        if not scored:
+            cells += ["", ""]
+            continue
+        value, error = (scored["metrics"][f"test/{name}"] for name in (figure, f"{figure}_standard_error"))
+        nll = bound - value if figure == "gap" else value
+        cells += [f"{nll:.2f}±{error:.2f}", f"{scored['samples']:,} x {scored['images']:,}"]
     return [label, ", ".join(links), *cells, *(f"{trained[figure]:,}" for figure in ("parameters", "images_seen"))]
+
+
+def markdown(about: str, head: list[str], rows: list[list[str]]) -> str:
+    """A table under what it is about; short rows end in empty cells."""
+    filled = [[*row, *[""] * (len(head) - len(row))] for row in [head, ["---"] * len(head), *rows]]
+    return "\n".join([about, "", *("| " + " | ".join(row) + " |" for row in filled), ""])
 
 
 def tables() -> str:
@@ -174,10 +186,8 @@ def tables() -> str:
                 [f"*{label}*", "published", "", rate, "", nll, kind]
                 for label, rate, nll, kind in PUBLISHED.get(data, [])
             ]
-            rows = [HEAD, ["---"] * len(HEAD), *cells, *published]
-            lines = ["| " + " | ".join([*row, *[""] * (len(HEAD) - len(row))]) + " |" for row in rows]
             about = f"**{title}**, test split, nats an image; ours learnt from {seen} images:"
-            texts.append("\n".join([about, "", *lines, ""]))
+            texts.append(markdown(about, HEAD, [*cells, *published]))
     return "\n".join(texts)
 
 
@@ -188,20 +198,14 @@ def ablations() -> str:
     if not lines:
         return ""
     head = ["changed", "bound", "rate", "distortion", "bound of 500", "NLL of 500", "parameters"]
-    rows = [head, ["---"] * len(head)]
+    rows = []
     for each in lines:
         figures = [f"{each[name]:.2f}" for name in ("nelbo", "rate", "distortion", "nelbo_of_500", "nll_of_500")]
         rows.append([f"`{each['change']}`" if each["change"] else "nothing", *figures, f"{each['parameters']:,}"])
-    return "\n".join(
-        [
-            "**What the number hinges on**: `experiment=mnist_static` with one setting changed, each run on",
-            f"{lines[0]['images_seen']:,} training images; validation split, nats an image; NLL with 64 samples of the",
-            "same 500 images ([lines](results/ablations.jsonl)):",
-            "",
-            *("| " + " | ".join(row) + " |" for row in rows),
-            "",
-        ]
-    )
+    about = f"""**What the number hinges on**: `experiment=mnist_static` with one setting changed, each run on
+{lines[0]["images_seen"]:,} training images; validation split, nats an image; NLL with 64 samples of the same 500 images
+([lines](results/ablations.jsonl)):"""
+    return markdown(about, head, rows)
 
 
 def text() -> str:

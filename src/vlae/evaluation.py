@@ -110,7 +110,7 @@ def estimates(
     numbers = torch.arange(len(x)) if numbers is None else numbers
     values, done = torch.zeros(len(x), 4, dtype=torch.float64), torch.zeros(len(x), dtype=torch.bool)
     if folder:
-        about = {"samples": samples, "key": list(key), "images": digest(x)}
+        about = {"samples": samples, "key": list(key), "images": digest(x, numbers)}
         about["weights"] = digest(*model.state_dict().values())
         about["model"] = model.description
         for file in folder.glob("evaluate.*.part"):
