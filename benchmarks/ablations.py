@@ -28,11 +28,14 @@ CHANGES = [
     *(f"{DECODER}.depth={depth}" for depth in (2, 8)),
     *(f"{DECODER}.features={features}" for features in (8, 64)),
     f"{DECODER}.widths=[16,32,64] {DECODER}.features=16",
-    f"model.encoder.widths=[64,128,128] {DECODER}.widths=[64,128,128]",
+    f"{DECODER}.widths=[64,128,128] {DECODER}.hidden=256",
+    "model=binary_large",
+    "model=binary_large model.encoder.widths=[64,128,128] model.encoder.hidden=256",
     f"{DECODER}.dropout=0.1",
     *(f"{PRIOR}.depth={depth}" for depth in (0, 2, 8)),
+    *(f"{PRIOR}.width={width}" for width in (160, 640)),
     f"{PRIOR}.scale=true",
-    *(f"averaging={decay}" for decay in (0, 0.99, 0.9995)),
+    *(f"averaging={decay}" for decay in (0, 0.99)),
     *(f"objective.free_bits={nats}" for nats in (0, 7.84, 16, 20)),
     *(f"data.batch_size={batch}" for batch in (32, 128)),
     *(f"optimizer.schedule={schedule}" for schedule in ("constant", "linear")),
@@ -48,7 +51,7 @@ def run(change: str, seed: int, epochs: int) -> dict[str, Any]:
     overrides = ["experiment=mnist_static", *change.split()]
     folder = Path("runs") / "ablations" / named([*change.split(), f"seed={seed}", f"epochs={epochs}"])
     own = [f"seed={seed}", f"trainer.max_epochs={epochs}", "trainer.check_val_every_n_epoch=1", f"folder='{folder}'"]
-    quiet = ["wandb.mode=disabled", "trainer.enable_progress_bar=false"]
+    quiet = ["wandb.mode=disabled", "trainer.enable_progress_bar=false", "compile=true"]
     score = ["-m", "vlae", "evaluate", str(folder), "--split", "validation", "--samples", "64", "--images", "500"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for command in ["train.py", *overrides, *own, *quiet], score:

@@ -31,6 +31,7 @@ class Row(NamedTuple):
     overrides: str
 
 
+LARGE = "model=binary_large trainer.max_epochs=48"
 ROWS = {
     "mnist_static_decoder": Row("decoder alone: window, no code", "experiment=mnist_static model.code=0"),
     "mnist_static_plain": Row(
@@ -43,8 +44,10 @@ ROWS = {
     ),
     "mnist_static_vlae": Row("VLAE: window, AF prior", "experiment=mnist_static"),
     "mnist_static_paper": Row("VLAE of the paper's own sizes and decoder", "experiment=mnist_static model=paper"),
+    "mnist_static_large": Row("VLAE, larger decoder, 48 epochs", f"experiment=mnist_static {LARGE}"),
     "mnist_decoder": Row("decoder alone", "experiment=mnist model.code=0"),
     "mnist_vlae": Row("VLAE", "experiment=mnist"),
+    "mnist_large": Row("VLAE, larger decoder, 48 epochs", f"experiment=mnist {LARGE}"),
     "caltech101_decoder": Row("decoder alone", "experiment=caltech101 model.code=0"),
     "caltech101_vlae": Row("VLAE", "experiment=caltech101"),
     "caltech101_dropout": Row("VLAE, dropout 0.2", "experiment=caltech101 model.decoder.dropout=0.2"),
@@ -107,7 +110,7 @@ def train(row: str, seed: int) -> Path:
     record, curves = KEPT / f"{name}.json", KEPT / f"{name}.png"
     if not record.exists():
         own = ["data.train_on_validation=true", f"seed={seed}", f"record=tables/{name}", f"folder={folder}"]
-        quiet = ["wandb.mode=disabled", "trainer.enable_progress_bar=false"]
+        quiet = ["wandb.mode=disabled", "trainer.enable_progress_bar=false", "compile=true"]
         subprocess.run([sys.executable, "train.py", *ROWS[row].overrides.split(), *own, *quiet], cwd=ROOT, check=True)
         if not record.exists():
             sys.exit(f"{record}: not there, and {folder} is finished; remove the folder to train again")

@@ -54,7 +54,7 @@ def test_every_data_set_and_model_compose_and_build(data: str, model: str) -> No
             with pytest.raises(ValueError, match=re.escape(f"need maps such as {maps}")):
                 build(composed["model"], shape, levels)
         composed["model"]["code"] = maps
-    if model in {"binary", "paper"} and levels != 2:
+    if model in {"binary", "binary_large", "paper"} and levels != 2:
         with pytest.raises(ValueError, match=r"Bernoulli needs 1 channel of 2 levels.*LogisticMixture"):
             build(composed["model"], shape, levels)
     else:
