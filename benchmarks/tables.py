@@ -31,7 +31,7 @@ class Row(NamedTuple):
     overrides: str
 
 
-LARGE = "model=binary_large trainer.max_epochs=48"
+LARGE = "model=binary_large trainer.max_epochs=32"
 ROWS = {
     "mnist_static_decoder": Row("decoder alone: window, no code", "experiment=mnist_static model.code=0"),
     "mnist_static_plain": Row(
@@ -44,10 +44,10 @@ ROWS = {
     ),
     "mnist_static_vlae": Row("VLAE: window, AF prior", "experiment=mnist_static"),
     "mnist_static_paper": Row("VLAE of the paper's own sizes and decoder", "experiment=mnist_static model=paper"),
-    "mnist_static_large": Row("VLAE, larger decoder, 48 epochs", f"experiment=mnist_static {LARGE}"),
+    "mnist_static_large": Row("VLAE, larger decoder, 32 epochs", f"experiment=mnist_static {LARGE}"),
     "mnist_decoder": Row("decoder alone", "experiment=mnist model.code=0"),
     "mnist_vlae": Row("VLAE", "experiment=mnist"),
-    "mnist_large": Row("VLAE, larger decoder, 48 epochs", f"experiment=mnist {LARGE}"),
+    "mnist_large": Row("VLAE, larger decoder, 32 epochs", f"experiment=mnist {LARGE}"),
     "caltech101_decoder": Row("decoder alone", "experiment=caltech101 model.code=0"),
     "caltech101_vlae": Row("VLAE", "experiment=caltech101"),
     "caltech101_dropout": Row("VLAE, dropout 0.2", "experiment=caltech101 model.decoder.dropout=0.2"),
