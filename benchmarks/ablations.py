@@ -2,9 +2,9 @@
 
 Every run sees as many images, on one thread each, `--jobs` at a time beside one another. One JSON line each, of the
 validation split: settings changed, NELBO, rate and distortion in nats (one-sample bounds), the bound and the
-importance-sampled NLL of the same 500 images with 64 samples each, parameters, images seen, seconds of training. Runs
-lie in runs/ablations, where an interrupted one goes on. A change of which `--out` has a line with that seed is left
-alone.
+importance-sampled NLL of the same 500 images with 64 samples each, parameters, images seen, seconds of training,
+hardware and commit. Training is compiled, which needs a C++ compiler. Runs lie in runs/ablations, where an interrupted
+one goes on. A change of which `--out` has a line with that seed is left alone: start a file anew with a new recipe.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def run(change: str, seed: int, epochs: int) -> dict[str, Any]:
     overrides = ["experiment=mnist_static", *change.split()]
     folder = Path("runs") / "ablations" / named([*change.split(), f"seed={seed}", f"epochs={epochs}"])
     own = [f"seed={seed}", f"trainer.max_epochs={epochs}", "trainer.check_val_every_n_epoch=1", f"folder='{folder}'"]
-    quiet = ["wandb.mode=disabled", "trainer.enable_progress_bar=false", "compile=true"]
+    quiet = ["compile=true", "wandb.mode=disabled", "trainer.enable_progress_bar=false"]
     score = ["-m", "vlae", "evaluate", str(folder), "--split", "validation", "--samples", "64", "--images", "500"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for command in ["train.py", *overrides, *own, *quiet], score:
@@ -60,7 +60,8 @@ def run(change: str, seed: int, epochs: int) -> dict[str, Any]:
     figures = {name: round(trained[f"val/{name}"], 3) for name in ("nelbo", "rate", "distortion")}
     part = {f"{name}_of_500": round(scored["metrics"][f"val/{name}"], 3) for name in ("nelbo", "nll")}
     cost = {name: trained[name] for name in ("parameters", "images_seen", "wall_s")}
-    return {"bench": "ablations", "change": change, "seed": seed, **figures, **part, **cost, "commit": scored["commit"]}
+    source = {name: scored[name] for name in ("hardware", "commit")}
+    return {"bench": "ablations", "change": change, "seed": seed, **figures, **part, **cost, **source}
 
 
 def main() -> None:

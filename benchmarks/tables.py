@@ -6,11 +6,11 @@
     python benchmarks/tables.py --readme                                     # only writes the tables
 
 A row is trained by `train.py` in runs/tables/ROW_SEED, on training and validation images as the paper's are; an
-interrupted one goes on there. It is scored by `python -m vlae evaluate` on the whole test split or on `--images` of it,
-the same for all rows. Kept are results/tables/ROW_SEED.json (the record of training and of the one-sample bound),
-ROW_SEED_nll.json and ROW_SEED_nll_part.json (the records of the importance-sampled NLL of all images and of a part)
-and ROW_SEED.png (the learning curves). What is kept is not made again, nor replaced by a score of fewer samples or
-images.
+interrupted one goes on there. Training is compiled, which needs a C++ compiler. It is scored by `python -m vlae
+evaluate` on the whole test split or on `--images` of it, the same for all rows. Kept are results/tables/ROW_SEED.json
+(the record of training and of the one-sample bound), ROW_SEED_nll.json and ROW_SEED_nll_part.json (the records of the
+importance-sampled NLL of all images and of a part) and ROW_SEED.png (the learning curves). What is kept is not made
+again, nor replaced by a score of fewer samples or images.
 """
 
 import argparse
@@ -110,7 +110,7 @@ def train(row: str, seed: int) -> Path:
     record, curves = KEPT / f"{name}.json", KEPT / f"{name}.png"
     if not record.exists():
         own = ["data.train_on_validation=true", f"seed={seed}", f"record=tables/{name}", f"folder={folder}"]
-        quiet = ["wandb.mode=disabled", "trainer.enable_progress_bar=false", "compile=true"]
+        quiet = ["compile=true", "wandb.mode=disabled", "trainer.enable_progress_bar=false"]
         subprocess.run([sys.executable, "train.py", *ROWS[row].overrides.split(), *own, *quiet], cwd=ROOT, check=True)
         if not record.exists():
             sys.exit(f"{record}: not there, and {folder} is finished; remove the folder to train again")
@@ -163,7 +163,7 @@ def line(label: str, name: str) -> list[str]:
         if not scored:
             cells += ["", ""]
             continue
-        value, error = (scored["metrics"][f"test/{name}"] for name in (figure, f"{figure}_standard_error"))
+        value, error = (scored["metrics"][f"test/{figure}{kind}"] for kind in ("", "_standard_error"))
         nll = bound - value if figure == "gap" else value
         cells += [f"{nll:.2f}±{error:.2f}", f"{scored['samples']:,} x {scored['images']:,}"]
     return [label, ", ".join(links), *cells, *(f"{trained[figure]:,}" for figure in ("parameters", "images_seen"))]
@@ -205,9 +205,11 @@ def ablations() -> str:
     for each in lines:
         figures = [f"{each[name]:.2f}" for name in ("nelbo", "rate", "distortion", "nelbo_of_500", "nll_of_500")]
         rows.append([f"`{each['change']}`" if each["change"] else "nothing", *figures, f"{each['parameters']:,}"])
-    about = f"""**What the number hinges on**: `experiment=mnist_static` with one setting changed, each run on
-{lines[0]["images_seen"]:,} training images; validation split, nats an image; NLL with 64 samples of the same 500 images
-([lines](results/ablations.jsonl)):"""
+    first = lines[0]
+    about = f"""**What the number hinges on**: `experiment=mnist_static` of commit {first["commit"][:7]} with settings
+changed, {first["images_seen"]:,} images seen of the 50,000 for training, seed {first["seed"]}, {first["hardware"]}.
+Validation split, nats an image; NLL with 64 samples of the same 500 images. By `python benchmarks/ablations.py
+--changes CHANGE... --out results/ablations.jsonl` ([lines](results/ablations.jsonl)):"""
     return markdown(about, head, rows)
 
 

@@ -116,7 +116,8 @@ def test_readme_table_of_ablations_agrees_with_its_lines() -> None:
         figures = [f"{line[x]:.2f}" for x in ("nelbo", "rate", "distortion", "nelbo_of_500", "nll_of_500")]
         assert cells.split(" | ") == [*figures, f"{line['parameters']:,}"]
         assert change.strip("`") == (line["change"] or "nothing")
-        assert line["images_seen"] == lines[0]["images_seen"]
+        assert [line[x] for x in ("images_seen", "commit")] == [lines[0][x] for x in ("images_seen", "commit")]
+        assert re.fullmatch(r"[0-9a-f]{40}", line["commit"])
 
 
 def test_readme_tables_of_the_sweep_agree_with_its_jobs() -> None:
