@@ -23,26 +23,22 @@ ROOT = Path(__file__).resolve().parents[1]
 DECODER, PRIOR = "model.decoder", "model.prior"
 CHANGES = [
     "",
-    *(f"{DECODER}.receptive_field={window}" for window in ("none", "4x2", "7x4", "15x8")),
+    *(f"{DECODER}.receptive_field={window}" for window in ("4x2", "7x4", "15x8")),
     *(f"{DECODER}.width={width}" for width in (16, 64)),
     *(f"{DECODER}.depth={depth}" for depth in (2, 8)),
     *(f"{DECODER}.features={features}" for features in (8, 64)),
-    f"{DECODER}.widths=[16,32,64] {DECODER}.features=16",
     f"{DECODER}.widths=[64,128,128] {DECODER}.hidden=256",
     "model=binary_large",
-    "model=binary_large model.encoder.widths=[64,128,128] model.encoder.hidden=256",
-    f"{DECODER}.dropout=0.1",
     *(f"{PRIOR}.depth={depth}" for depth in (0, 2, 8)),
     *(f"{PRIOR}.width={width}" for width in (160, 640)),
     f"{PRIOR}.scale=true",
     *(f"averaging={decay}" for decay in (0, 0.99)),
-    *(f"objective.free_bits={nats}" for nats in (0, 7.84, 16, 20)),
+    *(f"objective.free_bits={nats}" for nats in (0, 7.84, 16)),
     *(f"data.batch_size={batch}" for batch in (32, 128)),
     *(f"optimizer.schedule={schedule}" for schedule in ("constant", "linear")),
     *(f"optimizer.lr={lr}" for lr in (0.005, 0.02)),
-    *(f"optimizer.weight_decay={decay}" for decay in (0, 0.4)),
+    "optimizer.weight_decay=0",
     "optimizer.name=adamax optimizer.lr=0.002 optimizer.weight_decay=0 trainer.gradient_clip_val=5.0",
-    "trainer.precision=32-true",
 ]
 
 
