@@ -154,7 +154,7 @@ def score(row: str, folder: Path, samples: int, images: int | None, ranks: int) 
     shutil.move(ROOT / folder / "evaluate.json", kept)  # or it would stand in the way of the other
 
 
-COLUMNS = "model | records | bound | rate | distortion | NLL | K | NLL, more samples | K | parameters | images seen"
+COLUMNS = "model | records | bound | rate | distortion | NLL | K | NLL by the gap of a part | K | parameters | images seen"
 HEAD = COLUMNS.split(" | ")
 
 
