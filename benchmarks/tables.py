@@ -244,7 +244,8 @@ def main() -> None:
     if [readme.read_text().count(mark) for mark in (BEGIN, END)] != [1, 1]:
         parser.error(f"{readme}: needs the lines {BEGIN.strip()} and {END.strip()}, once each")
     for row in rows:
-        score(row, train(row, arguments.seed, arguments.precision), arguments.samples, arguments.images, arguments.ranks)
+        folder = train(row, arguments.seed, arguments.precision)
+        score(row, folder, arguments.samples, arguments.images, arguments.ranks)
         write(readme)
     if arguments.readme:
         write(readme)
