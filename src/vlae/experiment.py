@@ -136,6 +136,10 @@ def trainer_for(asked: Settings, images: Images, folder: Path, loggers: list[Tra
             raise ValueError(f"trainer.{name}=0: nothing would be trained; at least 1, or -1 for no end")
     if settings.get("fast_dev_run"):
         raise ValueError("trainer.fast_dev_run: leaves nothing to test; use trainer.max_steps=2")
+    on_cpu = trainer.strategy.root_device.type == "cpu"
+    if on_cpu and trainer.precision.endswith("mixed") and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        slow = "bfloat16 is several times slower than 32-true on this processor, which has AVX2 and not AVX512"
+        warnings.warn(f"trainer.precision={trainer.precision}: {slow}", stacklevel=2)
     return trainer
 
 
