@@ -25,6 +25,7 @@ from vlae.data import Images, independent_pixels
 from vlae.figures import learning_curves, read_metrics
 from vlae.keeping import BEST, LAST, PREVIOUS, Best, Keeping, Log, WholeFiles, locked, newest
 from vlae.model import load
+from vlae.muon import slow_bfloat16
 from vlae.records import RESUMABLE, commit, flat, hardware, same, write
 from vlae.schema import check, resolve
 from vlae.tracking import Tracker, conclude, tracked
@@ -136,8 +137,7 @@ def trainer_for(asked: Settings, images: Images, folder: Path, loggers: list[Tra
             raise ValueError(f"trainer.{name}=0: nothing would be trained; at least 1, or -1 for no end")
     if settings.get("fast_dev_run"):
         raise ValueError("trainer.fast_dev_run: leaves nothing to test; use trainer.max_steps=2")
-    on_cpu = trainer.strategy.root_device.type == "cpu"
-    if on_cpu and trainer.precision.endswith("mixed") and torch.backends.cpu.get_cpu_capability() == "AVX2":
+    if trainer.precision.endswith("mixed") and slow_bfloat16(trainer.strategy.root_device):
         slow = "bfloat16 is several times slower than 32-true on this processor, which has AVX2 and not AVX512"
         warnings.warn(f"trainer.precision={trainer.precision}: {slow}", stacklevel=2)
     return trainer

@@ -13,11 +13,19 @@ ADAMW = 0.2  # of the learning rate: its steps are of each number, not of a matr
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315
 
 
+def slow_bfloat16(device: torch.device) -> bool:
+    """Whether it is a processor with AVX2 and not AVX512: torch's bfloat16 is far slower there than its float32."""
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 def orthogonal(matrices: Float[Tensor, "N m n"]) -> Float[Tensor, "N m n"]:
-    """About U V^T of each U S V^T: singular values near 1, by five Newton-Schulz steps in bfloat16 (Jordan et al.)."""
+    """About U V^T of each U S V^T: singular values near 1, by five Newton-Schulz steps (Jordan et al.).
+
+    They are in bfloat16 but on a processor where it is slow."""
     a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[1] > matrices.shape[2]
-    x = (matrices.mT if tall else matrices).to(torch.bfloat16, memory_format=torch.contiguous_format)
+    dtype = torch.float32 if slow_bfloat16(matrices.device) else torch.bfloat16
+    x = (matrices.mT if tall else matrices).to(dtype, memory_format=torch.contiguous_format)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT
