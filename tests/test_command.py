@@ -276,7 +276,7 @@ Distribution.from_name = look
 
 
 def test_bare_machines_and_signals(here: Path) -> None:
-    """Without the optional packages or AVX512 a run trains; terminated, it says so, and goes on where it was."""
+    """Without the optional packages or fast bfloat16 a run trains; terminated, it says so, and goes on where it was."""
     (here / "sitecustomize.py").write_text(BARE)
     path = os.pathsep.join(filter(None, [str(here), os.environ.get("PYTHONPATH")]))
     bare = {"PYTHONPATH": path, "ATEN_CPU_CAPABILITY": "avx2"}
@@ -296,8 +296,8 @@ def test_bare_machines_and_signals(here: Path) -> None:
 
     done = process(*ours, f"trainer.max_steps={steps + 3}", **bare)
     assert done.returncode == 0, done.stderr
-    slow = "trainer.precision=bf16-mixed: bfloat16 is several times slower than 32-true on this processor"
-    assert done.stderr.count(slow) == (platform.machine() in {"x86_64", "AMD64"})
+    slow = "trainer.precision=bf16-mixed: bfloat16 can be several times slower than 32-true on this processor"
+    assert done.stderr.count(slow) == (platform.machine() in {"x86_64", "AMD64"})  # of which the variable tells
     assert json.loads((here / "run" / "metrics.json").read_text())["steps"] == steps + 3
     assert "no matplotlib here" in done.stdout
     assert not (here / "run" / "learning_curves.png").exists()

@@ -138,7 +138,7 @@ def trainer_for(asked: Settings, images: Images, folder: Path, loggers: list[Tra
     if settings.get("fast_dev_run"):
         raise ValueError("trainer.fast_dev_run: leaves nothing to test; use trainer.max_steps=2")
     if trainer.precision.endswith("mixed") and slow_bfloat16(trainer.strategy.root_device):
-        slow = "bfloat16 is several times slower than 32-true on this processor, which has AVX2 and not AVX512"
+        slow = "bfloat16 can be several times slower than 32-true on this processor, without AVX512 or SVE"
         warnings.warn(f"trainer.precision={trainer.precision}: {slow}", stacklevel=2)
     return trainer
 

@@ -14,8 +14,8 @@ NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315
 
 
 def slow_bfloat16(device: torch.device) -> bool:
-    """Whether it is a processor with AVX2 and not AVX512: torch's bfloat16 is far slower there than its float32."""
-    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    """Whether it is a processor without AVX512 or SVE: torch's bfloat16 can be far slower there than its float32."""
+    return device.type == "cpu" and not torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "SVE"))
 
 
 def orthogonal(matrices: Float[Tensor, "N m n"]) -> Float[Tensor, "N m n"]:
