@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from small import DIGITS, ROOT, command
-from test_training import SHAPE, STEP, lit, trainer
+from test_training import SHAPE, lit, trainer
 from torch import Tensor
 
 from vlae.data import Images, generator
@@ -76,7 +76,8 @@ def test_the_losses_and_weights_of_two_ranks_are_those_of_one_process(
     torch.testing.assert_close((first["train"] + second["train"]) / 2, one["train"], **near)
     for rank in (first, second):
         torch.testing.assert_close(rank["scores"], one["scores"], **near)
-        torch.testing.assert_close(rank["weights"], one["weights"], rtol=1e-4, atol=STEP / 100)
+        # a hundredth of the 0.02 by which Adamax moves a weight whose gradient may be all rounding
+        torch.testing.assert_close(rank["weights"], one["weights"], rtol=1e-4, atol=2e-4)
     assert tested[0] == pytest.approx(tested[1], rel=1e-4)
     assert len(tested[0]) == 4
     # the floor of a rank's own mean would have stopped one rank's gradient and not the other's
