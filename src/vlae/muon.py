@@ -21,7 +21,8 @@ def slow_bfloat16(device: torch.device) -> bool:
 def orthogonal(matrices: Float[Tensor, "N m n"]) -> Float[Tensor, "N m n"]:
     """About U V^T of each U S V^T: singular values near 1, by five Newton-Schulz steps (Jordan et al.).
 
-    They are in bfloat16 but on a processor where it is slow."""
+    They are in bfloat16, or in float32 on a processor where that is faster.
+    """
     a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[1] > matrices.shape[2]
     dtype = torch.float32 if slow_bfloat16(matrices.device) else torch.bfloat16
