@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4096, help="codes an image of the NLL")
     parser.add_argument("--images", type=int, help="of the test split, drawn by seed, instead of all")
     parser.add_argument("--ranks", type=int, default=1, help="processes that share the images of the NLL")
-    parser.add_argument("--precision", help="of training, instead of the experiment's")
+    parser.add_argument("--precision", help="of a training yet to be done, instead of the experiment's")
     parser.add_argument("--readme", action="store_true", help="write README's tables, and train nothing")
     arguments = parser.parse_args()
     rows = [*ROWS] if arguments.rows == ["all"] else arguments.rows

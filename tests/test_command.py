@@ -196,6 +196,8 @@ REFUSED = {  # what the line must say besides
     "wandb.project=3": "wandb.project=3: expected str",
     "+wandb.colour=3": "wandb.colour=3: unknown key",
     "trainer.precision=7": "trainer.precision=7: expected .*bf16-mixed",
+    "trainer.precision=64": "trainer.precision=64-true: weights are float32; allowed: 32-true, bf16-mixed, 16-mixed",
+    "trainer.precision=bf16-true": "trainer.precision=bf16-true: .*allowed",
     "+trainer.max_epoch=3": "trainer.max_epoch=3: unknown key, did you mean max_epochs",
     "trainer.max_epochs=many": "trainer.max_epochs='many': expected int or None",
     "trainer.max_steps=0": "trainer.max_steps=0: nothing would be trained",

@@ -31,6 +31,8 @@ from vlae.schema import check, resolve
 from vlae.tracking import Tracker, conclude, tracked
 from vlae.training import Averaging, LitVLAE
 
+PRECISIONS = "32-true", "bf16-mixed", "16-mixed"
+
 
 @dataclass
 class Settings:
@@ -137,6 +139,9 @@ def trainer_for(asked: Settings, images: Images, folder: Path, loggers: list[Tra
             raise ValueError(f"trainer.{name}=0: nothing would be trained; at least 1, or -1 for no end")
     if settings.get("fast_dev_run"):
         raise ValueError("trainer.fast_dev_run: leaves nothing to test; use trainer.max_steps=2")
+    if trainer.precision not in PRECISIONS:
+        allowed = ", ".join(PRECISIONS)
+        raise ValueError(f"trainer.precision={trainer.precision}: weights are float32; allowed: {allowed}")
     if trainer.precision.endswith("mixed") and slow_bfloat16(trainer.strategy.root_device):
         slow = "bfloat16 can be several times slower than 32-true on this processor, without AVX512 or SVE"
         warnings.warn(f"trainer.precision={trainer.precision}: {slow}", stacklevel=2)
