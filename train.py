@@ -1,6 +1,5 @@
 """Trains one model, or with `-m` a sweep: `python train.py experiment=mnist_static model.prior.depth=2`."""
 
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -9,8 +8,6 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch starts: shared cores are many times faster with it
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

@@ -91,9 +91,10 @@ def test_public_names_come_lazily() -> None:
         _ = vlae.encoder_of_everything
 
 
-@pytest.mark.parametrize(("users", "expected"), [(None, "passive"), ("active", "active")])
-def test_waiting_threads_do_not_spin(users: str | None, expected: str) -> None:
-    environment = {"PYTHONPATH": str(ROOT / "src")} | ({"OMP_WAIT_POLICY": users} if users else {})
-    script = "import vlae, os; print(os.environ['OMP_WAIT_POLICY'])"
+@pytest.mark.parametrize(("name", "own"), [("OMP_WAIT_POLICY", "passive"), ("THP_MEM_ALLOC_ENABLE", "1")])
+@pytest.mark.parametrize("users", [None, "", "another"])
+def test_what_torch_reads_as_it_starts_is_set_unless_the_user_did(name: str, own: str, users: str | None) -> None:
+    environment = {"PYTHONPATH": str(ROOT / "src")} | ({name: users} if users is not None else {})
+    script = f"import vlae, os, sys; print(os.environ['{name}'], 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == expected
+    assert done.stdout == f"{own if users is None else users} False\n"

@@ -33,8 +33,9 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-# Waiting threads that spin make shared cores many times slower; torch reads this once, as it starts.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# torch reads them once, as it starts
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads that spin make shared cores many times slower
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors in large pages: new ones cost far fewer page faults
 
 _HOMES = {
     "codes": ["encode"],
