@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from small import DIGITS, ROOT, command
 from tiny import tiny
 
@@ -78,6 +80,26 @@ def test_evaluate(run: Path, call: Vlae, place: str) -> None:
     assert metrics["val/nelbo"] == pytest.approx(trained["val/nelbo"], rel=0.01)
     assert f"{metrics['val/nll']:.3f}" in out
     assert str(run / "evaluate.json") in out
+
+
+@pytest.mark.parametrize("parts", ["training part", "training and validation parts"])
+def test_export(run: Path, call: Vlae, parts: str) -> None:
+    shutil.copytree(run, "run")
+    config = json.loads(Path("run/config.json").read_text())
+    config["data"]["train_on_validation"] = "validation" in parts
+    Path("run/config.json").write_text(json.dumps(config))
+    call("export", "run", "mine")
+    stored, own = load_file("weights/mine.safetensors"), vlae.load("run/checkpoints/best.ckpt")
+    assert stored.keys() == own.state_dict().keys()
+    assert all(torch.equal(value, own.state_dict()[name].half()) for name, value in stored.items())
+    metrics = json.loads(Path("results/mine_weights.json").read_text())["metrics"]
+    x = digits(Path()).test.images
+    with torch.no_grad():
+        bound = -torch.stack([own(x, torch.randn(len(x), own.prior.code)).elbo.mean() for _ in range(20)]).mean()
+    assert metrics["test/nelbo"] == pytest.approx(bound.item(), rel=0.01)
+    card = Path("weights/mine.md").read_text()
+    assert f"Trained on the {parts} of digits" in card
+    assert f"| test/nelbo | {metrics['test/nelbo']:.4f} |" in card
 
 
 def test_sample(run: Path, call: Vlae) -> None:

@@ -275,10 +275,11 @@ def export(run: str, allow: Sequence[str], name: str) -> None:
     }
     write(Path("results") / f"{name}_weights.json", record)
     figures = "\n".join(f"| {key} | {value:.4f} |" for key, value in metrics.items())
+    parts = "training and validation parts" if images.train_on_validation else "training part"
     card = f"""# {name}
 
 {record["parameters"]:,} weights in half precision, {path.stat().st_size / 2**20:.2f} MiB: `vlae.load("{name}")`.
-Trained on {record["data"]} (binarisation: {record["binarisation"]}), seed {record["seed"]}:
+Trained on the {parts} of {record["data"]} (binarisation: {record["binarisation"]}), seed {record["seed"]}:
 {trained["images_seen"]:,} images seen.
 
 Figures of the stored weights in float32 on the test split: one-sample bounds in nats per image, or bits/dim.
