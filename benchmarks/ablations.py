@@ -2,9 +2,10 @@
 
 Every run sees as many images, on one thread each, `--jobs` at a time beside one another. One JSON line each, of the
 validation split: settings changed, NELBO, rate and distortion in nats (one-sample bounds), the bound and the
-importance-sampled NLL of the same 500 images with 64 samples each, parameters, images seen, seconds of training,
-hardware and commit. Training is compiled, which needs a C++ compiler. Runs lie in runs/ablations, where an interrupted
-one goes on. A change of which `--out` has a line with that seed is left alone: start a file anew with a new recipe.
+importance-sampled NLL of the same 500 images with 64 samples each, precision, parameters, images seen, seconds of
+training, hardware and commit. Training is compiled, which needs a C++ compiler. Runs lie in runs/ablations, where an
+interrupted one goes on. A change of which `--out` has a line with that seed is left alone: start a file anew with a
+new recipe or precision.
 """
 
 import argparse
@@ -42,11 +43,12 @@ CHANGES = [
 ]
 
 
-def run(change: str, seed: int, epochs: int) -> dict[str, Any]:
+def run(change: str, seed: int, epochs: int, precision: str) -> dict[str, Any]:
     """Trains one variant; its line."""
     overrides = ["experiment=mnist_static", *change.split()]
     folder = Path("runs") / "ablations" / named([*change.split(), f"seed={seed}", f"epochs={epochs}"])
     own = [f"seed={seed}", f"trainer.max_epochs={epochs}", "trainer.check_val_every_n_epoch=1", f"folder='{folder}'"]
+    own += [f"trainer.precision={precision}"]
     quiet = ["compile=true", "wandb.mode=disabled", "trainer.enable_progress_bar=false"]
     score = ["-m", "vlae", "evaluate", str(folder), "--split", "validation", "--samples", "64", "--images", "500"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -57,7 +59,8 @@ def run(change: str, seed: int, epochs: int) -> dict[str, Any]:
     part = {f"{name}_of_500": round(scored["metrics"][f"val/{name}"], 3) for name in ("nelbo", "nll")}
     cost = {name: trained[name] for name in ("parameters", "images_seen", "wall_s")}
     source = {name: scored[name] for name in ("hardware", "commit")}
-    return {"bench": "ablations", "change": change, "seed": seed, **figures, **part, **cost, **source}
+    about = {"bench": "ablations", "change": change, "seed": seed, "precision": precision}
+    return {**about, **figures, **part, **cost, **source}
 
 
 def main() -> None:
@@ -65,6 +68,7 @@ def main() -> None:
     parser.add_argument("--changes", nargs="*", default=CHANGES, help="overrides of one run each, in quotes")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", default="bf16-mixed", help="of training; without AVX512 32-true is faster")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, help="a file to append the lines to")
     arguments = parser.parse_args()
@@ -73,7 +77,8 @@ def main() -> None:
     done = {line["change"] for line in lines if line["seed"] == arguments.seed}
     changes = [change for change in arguments.changes if change not in done]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for line in pool.map(lambda change: run(change, arguments.seed, arguments.epochs), changes):
+        settings = arguments.seed, arguments.epochs, arguments.precision
+        for line in pool.map(lambda change: run(change, *settings), changes):
             emit(line, arguments.out)
 
 
