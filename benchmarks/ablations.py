@@ -5,7 +5,7 @@ validation split: settings changed, NELBO, rate and distortion in nats (one-samp
 importance-sampled NLL of the same 500 images with 64 samples each, precision, parameters, images seen, seconds of
 training, hardware and commit. Training is compiled, which needs a C++ compiler. Runs lie in runs/ablations, where an
 interrupted one goes on. A change of which `--out` has a line with that seed is left alone: start a file anew with a
-new recipe or precision.
+new recipe, precision or length.
 """
 
 import argparse
@@ -46,7 +46,7 @@ CHANGES = [
 def run(change: str, seed: int, epochs: int, precision: str) -> dict[str, Any]:
     """Trains one variant; its line."""
     overrides = ["experiment=mnist_static", *change.split()]
-    folder = Path("runs") / "ablations" / named([*change.split(), f"seed={seed}", f"epochs={epochs}"])
+    folder = Path("runs") / "ablations" / named([*change.split(), f"seed={seed}", f"epochs={epochs}", precision])
     own = [f"seed={seed}", f"trainer.max_epochs={epochs}", "trainer.check_val_every_n_epoch=1", f"folder='{folder}'"]
     own += [f"trainer.precision={precision}"]
     quiet = ["compile=true", "wandb.mode=disabled", "trainer.enable_progress_bar=false"]

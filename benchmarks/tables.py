@@ -103,14 +103,16 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def train(row: str, seed: int, precision: str | None) -> Path:
-    """Trains a row or goes on with it, with the experiment's precision or another; the folder of the run."""
+def train(row: str, seed: int, precision: str) -> Path:
+    """Trains a row or goes on with it; the folder of the run."""
     name = f"{row}_{seed}"
     folder = Path("runs") / "tables" / name
     record, curves = KEPT / f"{name}.json", KEPT / f"{name}.png"
     if not record.exists():
+        if (begun := read(ROOT / folder / "config.json")) and begun["trainer"]["precision"] != precision:
+            sys.exit(f"{folder}: begun with --precision {begun['trainer']['precision']}, so goes on with that alone")
         own = ["data.train_on_validation=true", f"seed={seed}", f"record=tables/{name}", f"folder={folder}"]
-        own += [f"trainer.precision={precision}"] if precision else []
+        own += [f"trainer.precision={precision}"]
         quiet = ["compile=true", "wandb.mode=disabled", "trainer.enable_progress_bar=false"]
         subprocess.run([sys.executable, "train.py", *ROWS[row].overrides.split(), *own, *quiet], cwd=ROOT, check=True)
         if not record.exists():
@@ -231,7 +233,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4096, help="codes an image of the NLL")
     parser.add_argument("--images", type=int, help="of the test split, drawn by seed, instead of all")
     parser.add_argument("--ranks", type=int, default=1, help="processes that share the images of the NLL")
-    parser.add_argument("--precision", help="of a training yet to be done, instead of the experiment's")
+    parser.add_argument("--precision", default="bf16-mixed", help="of training, where it is not on record yet")
     parser.add_argument("--readme", action="store_true", help="write README's tables, and train nothing")
     arguments = parser.parse_args()
     rows = [*ROWS] if arguments.rows == ["all"] else arguments.rows

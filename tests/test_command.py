@@ -12,8 +12,10 @@ from math import ceil
 from pathlib import Path
 from runpy import run_path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small import CPU, DIGITS, ROOT, TINY, command, config, overrides, write_files
 
 from vlae import build
@@ -106,6 +108,18 @@ def test_an_experiment_of_full_size_is_tested_and_drawn(files: Path, here: Path)
     metrics = run(config("experiment=mnist_static", *few), here / "run", "python train.py")
     assert (metrics["steps"], metrics["images_seen"]) == (2, 2 * 64)
     assert 0 < metrics["test/nelbo"] < float("inf")
+
+
+def test_colours_of_two_levels_train_and_a_test_split_of_one_is_drawn(here: Path) -> None:
+    (here / "pictures").mkdir()
+    noise = np.random.default_rng(0)
+    for number in range(10):
+        pixels = noise.integers(256, size=(8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(here / "pictures" / f"{number}.png")
+    data = ["data=images", "data.folder=pictures", "data.height=8", "data.width=8", "data.levels=2"]
+    command(*DIGITS, *data, "data.batch_size=4", "trainer.max_steps=1", "folder=run")
+    assert json.loads(Path("run/config.json").read_text())["data"]["levels"] == 2
+    assert Image.open("run/interpolations.png").mode == "RGB"
 
 
 @pytest.mark.parametrize("benchmark", ["tables", "ablations"])

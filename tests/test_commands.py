@@ -225,7 +225,7 @@ class Evil:
         (["evaluate", "evil/checkpoints/evil.ckpt", "--allow", "nothing"], "calls code of posix"),
         (["sample", "bad/checkpoints/evil.ckpt"], "refused, as it holds more than tensors and plain types"),
         (["sample", "{run}", "-o", "fits.png"], "--output=fits.png: a file; pictures go into a folder"),
-        (["reconstruct", "{run}", "fits.png"], "1 picture, at least 2"),
+        (["reconstruct", "{run}", "large.jpg"], r"large\.jpg: 400 x 300 pixels; 8 x 8 are wanted"),
         (["evaluate", "{run}", "--samples", "0"], "samples=0: must be at least 1"),
         (["compress", "{run}", "--samples", "0"], "samples=0: must be at least 1"),
         (["compress", "{run}", "-o", "broken"], "--output=broken: a folder; a file"),
@@ -248,6 +248,7 @@ class Evil:
 def test_one_line_says_what_is_wrong(run: Path, call: Vlae, arguments: list[str], found: str) -> None:
     Image.new("L", (7, 8)).save("small.png")
     Image.new("L", (8, 8)).save("fits.png")
+    Image.new("L", (400, 300)).save("large.jpg")
     np.save("floats.npy", np.zeros((2, 8, 8)))
     np.save("none.npy", np.zeros((0, 8, 8), dtype=np.uint8))
     np.save("seventeen.npy", np.arange(128).reshape(2, 1, 8, 8) % 18)

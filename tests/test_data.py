@@ -315,6 +315,7 @@ def unsound(**changes: Any) -> Splits:
         (unsound(images=torch.zeros(23, 3, 5, dtype=torch.uint8)), r"train images of torch\.uint8 \[23, 3, 5\]"),
         (unsound(images=torch.zeros(0, 1, 3, 5, dtype=torch.uint8)), r"\[0, 1, 3, 5\]; .*none of them 0"),
         (unsound(images=torch.zeros(23, 1, 3, 4, dtype=torch.uint8)), r"validation images .*the same in every split"),
+        (unsound(images=torch.zeros(23, 2, 3, 5, dtype=torch.uint8)), r"train images .*; C must be 1, grey, or 3"),
         (unsound(levels=16), r"with the value \d+; 16 levels are 0\.\.15"),
         (unsound(levels=300), "300 levels; 2 to 256"),
         (unsound(dynamic=True), "2 if dynamic"),

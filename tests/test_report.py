@@ -160,6 +160,13 @@ def test_a_run_that_has_just_begun_flattens_no_curve(tmp_path: Path) -> None:
     assert 30 < high < 32
 
 
+def test_runs_whose_settings_cannot_be_read_are_failed_ones(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "config.json").write_text("")
+    page, _ = report(tmp_path)
+    assert '<span class="chip failed">failed</span>' in page.read_text()
+
+
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match="no runs in this folder"):
         report(tmp_path)

@@ -36,10 +36,6 @@ def order(value: str) -> tuple[int, float, str]:
     return 2, 0.0, value
 
 
-def done(point: Point) -> int:
-    return sum(run.state == "done" for run in point.runs)
-
-
 class Sweep(NamedTuple):
     """Runs with settings, those points of them that have figures, and what these vary in: `x` runs along a curve,
     each of `series` is a colour."""
@@ -55,7 +51,7 @@ class Sweep(NamedTuple):
 
     def looks(self, point: Point) -> dict[str, Any]:
         """Its colour, and hollow marks where fewer seeds are done than of other points."""
-        hollow = {"markerfacecolor": "none"} if done(point) < max(map(done, self.points)) else {}
+        hollow = {"markerfacecolor": "none"} if point.done < max(each.done for each in self.points) else {}
         return {"color": colors(self)[text(point.settings, self.series)], **hollow}
 
     def styles(self, kinds: Any) -> dict[str, Any]:
@@ -138,13 +134,13 @@ def heat_map(sweep: Sweep, metric: str, figure: Any, axes: Any) -> None:
     }
     words: dict[tuple[int, int], str] = {place[run.folder]: run.state for run in sweep.runs}
     grid = np.full((len(rows), len(columns)), nan)
-    seeds = max(map(done, sweep.points))
+    seeds = max(point.done for point in sweep.points)
     for point in reversed(sweep.points):  # the best is the last to be written
         at = place[point.runs[0].folder]
         grid[at] = point.means[f"val/{metric}"]
         spread = point.spreads.get(f"val/{metric}")
         words[at] = f"{grid[at]:.2f}" + (f"\n± {spread:.2f}" if spread is not None else "")
-        words[at] += f"\nn = {done(point)}" if done(point) < seeds else ""
+        words[at] += f"\nn = {point.done}" if point.done < seeds else ""
     figure.set_size_inches(np.maximum(figure.get_size_inches(), (0.85 * len(columns), 0.55 * len(rows))))
     drawn = axes.imshow(grid, cmap={"nelbo": "GnBu_r", "rate": "Purples"}[metric], aspect="auto")
     light = drawn.to_rgba(grid)[..., :3] @ (0.3, 0.6, 0.1) > 0.55
@@ -207,7 +203,7 @@ def charts(sweep: Sweep) -> dict[str, tuple[str, str, Draw]]:
     cells = len(sweep.values(sweep.x)) * len(sweep.values(sweep.series))
     gridded = sweep.series is not None and 2 * len(sweep.points) >= cells
     if sweep.points:
-        hollow = " Hollow: fewer seeds are done." * (len({*map(done, sweep.points)}) > 1)
+        hollow = " Hollow: fewer seeds are done." * (len({point.done for point in sweep.points}) > 1)
         caption = (
             "What a code costs against what it leaves unsaid, a point for each model. Thin lines join equal NELBOs."
             + hollow

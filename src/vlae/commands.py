@@ -136,8 +136,6 @@ def reconstruct(
     """Draws, beside the run or in `output`, what codes keep of images, in every way of `vlae.gallery`."""
     model, images, folder = opened(run, data, allow)
     part, folder = shown(model, images, run, sources), place(folder, output)
-    if len(part.images) < 2:
-        raise ValueError(f"{sources[0]}: {len(part.images)} picture, at least 2 are needed")
     chosen = torch.randperm(len(part.images), generator=generator("shown", seed))[:1000]
     x = part.images[chosen].long().to(next(model.parameters()).device)
     model.encode(x[:1])  # refuses what does not fit before anything is drawn
@@ -152,7 +150,7 @@ def reconstruct(
 def encode(run: str, data: str | None, allow: Sequence[str], sources: Sequence[str], output: Path | None) -> None:
     """Writes codes.npz: arrays mean and scale [N D], rate [N] in nats, and labels [N] where there are any.
 
-    Rates are by one draw of each code; of a split, by the draw that training and testing use.
+    Rates are by one draw of each code; of validation and test, by the draw that scores them.
     """
     model, images, folder = opened(run, data, allow)
     path = output or folder

@@ -123,6 +123,8 @@ def sound(splits: Any) -> Splits:
             found += f" with {int((~images.isfinite()).sum())} values that are not finite"
         if images.dtype != torch.uint8 or images.ndim != 4 or 0 in images.shape or images.shape[1:] != shape:
             raise ValueError(f"{found}; uint8 [N C H W] is wanted, none of them 0, C H W the same in every split")
+        if images.shape[1] not in (1, 3):
+            raise ValueError(f"{found}; C must be 1, grey, or 3, red, green and blue")
         if not splits.dynamic and (top := int(images.max())) >= splits.levels:
             raise ValueError(f"{found} with the value {top}; {splits.levels} levels are 0..{splits.levels - 1}")
         if (labels is None) != (splits.train.labels is None):

@@ -78,8 +78,8 @@ def picture(
                 raise ValueError("more than 8 bits a value; convert it to 8")
             if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # a phone's JPEG with a preview is fine
                 raise ValueError(f"{image.n_frames} pages; one picture a file")  # type: ignore[attr-defined]
-            # a JPEG is decoded at a fraction of its size, no less than twice what is wanted
-            image.draft(image.mode, (2 * max(height, width),) * 2)
+            if not exact:  # a JPEG is decoded at a fraction of its size, no less than twice what is wanted
+                image.draft(image.mode, (2 * max(height, width),) * 2)
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             if exact and image.size != (width, height):

@@ -39,11 +39,12 @@ def reconstructions(model: VLAE, x: Images, noise: torch.Generator) -> Picture:
 
 def interpolations(model: VLAE, x: Images, noise: torch.Generator) -> Picture:
     eps = torch.randn(len(x), model.prior.code, generator=noise).to(x.device)
-    uniform = torch.rand(len(x) // 2, *x.shape[1:], generator=noise).to(x.device)
+    half = max(1, len(x) // 2)
+    uniform = torch.rand(half, *x.shape[1:], generator=noise).to(x.device)
     with torch.no_grad():
         z, _ = model.encode(x).rsample_with_log_prob(eps)
     along = torch.linspace(0, 1, 8, device=x.device)
-    paths = interpolate(model, z[: len(uniform)], z[len(uniform) : 2 * len(uniform)], along, uniform)
+    paths = interpolate(model, z[:half], z[-half:], along, uniform)
     text = "Each row: from the code of one image to that of another, along the prior's noise"
     return captioned(grid(paths.flatten(0, 1), model.likelihood.levels, 8), text)
 

@@ -73,7 +73,8 @@ class LogisticMixture(Likelihood):
     A bin is as wide as the step between levels; the lowest and the highest reach to infinity. The channels of a pixel
     share their component, and a channel's mean moves linearly with the earlier channels. Parameters, `components` of
     each: mixture logits; each channel's means; its log-scales; for each pair of channels a coefficient, before its
-    tanh. With all of them zero the means are spread over [-1, 1] and the scales 1 / `components`: nearly uniform.
+    tanh. With all of them zero the means are spread over [-1, 1] and the scales 1 / `components`: each
+    channel by itself is nearly uniform.
 
     Raises:
         ValueError: for levels outside 2..256 or no components.

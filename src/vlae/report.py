@@ -12,7 +12,7 @@ from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
-from vlae.charts import INK, RULE, Draw, charts, done, order, sweep, text
+from vlae.charts import INK, RULE, Draw, charts, order, sweep, text
 from vlae.sweeps import Job, jobs, points, short, varied
 
 STYLE: dict[Any, Any] = {
@@ -91,7 +91,7 @@ def table_of_runs(runs: list[Job], names: dict[str, str], folder: Path) -> str:
 def table_of_points(runs: list[Job], names: dict[str, str]) -> str:
     keys, rows = list(COLUMNS)[:3], []
     for point in points(runs):
-        row = [*chosen(point.runs[0], names), figure("n", done(point))]
+        row = [*chosen(point.runs[0], names), figure("n", point.done)]
         rows.append(row + [figure(key, point.means.get(key), point.spreads.get(key)) for key in keys])
     heads = {**names, "runs that are done": "n", **{key: COLUMNS[key] for key in keys}}
     caption = "Means ± sample standard deviation over n seeds."
@@ -157,7 +157,8 @@ def report(folder: Path) -> tuple[Path, list[Path]]:
     (folder / "report").mkdir(exist_ok=True)
     figures = {folder / "report" / f"{name}.png": chart for name, chart in charts(drawing).items()}
     frames = [plot(*chart, path) for path, chart in figures.items()]
-    frames.insert(1, table_of_points(runs, {name: head for name, head in names.items() if name != "seed"}))
+    if any(run.settings for run in runs):
+        frames.insert(1, table_of_points(runs, {name: head for name, head in names.items() if name != "seed"}))
     best = runs[0].metrics
     tiles = {
         "best NELBO on validation, nats": figure("val/nelbo", best.get("val/nelbo")).html,

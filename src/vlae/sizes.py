@@ -16,13 +16,15 @@ from torch import Tensor
 
 
 def sheet(x: UInt8[Tensor, "N C H W"], levels: int) -> Image.Image:
-    """All images as one picture, in which headers weigh least; values as they are, one bit each for two levels."""
+    """All images as one picture, in which headers weigh least; values as they are, one bit each for black and white."""
     columns = math.isqrt(len(x) - 1) + 1
     empty = x.new_zeros(-len(x) % columns, *x.shape[1:])
     rows = torch.cat([x, empty]).unflatten(0, (-1, columns))  # [R K C H W]
     picture = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).numpy()
-    picture = picture[:, :, 0] if x.shape[1] == 1 else picture
-    return Image.fromarray(picture * 255).convert("1") if levels == 2 else Image.fromarray(picture)
+    if x.shape[1] == 3:
+        return Image.fromarray(picture)
+    grey = picture[:, :, 0]
+    return Image.fromarray(grey * 255).convert("1") if levels == 2 else Image.fromarray(grey)
 
 
 def sizes(x: UInt8[Tensor, "N C H W"], levels: int) -> dict[str, int]:

@@ -38,7 +38,7 @@ class StackedPixelCNN(nn.Module):
     to 6 rows up, columns -6 to 6. `at` costs a whole pass, and drawing an image one for each wave, 82 at 28x28.
 
     Raises:
-        ValueError: for a size below 1.
+        ValueError: for a size below 1, or fewer than two layers.
     """
 
     def __init__(
@@ -54,7 +54,8 @@ class StackedPixelCNN(nn.Module):
         hidden: int,
     ):
         super().__init__()
-        at_least(1, filters=filters, layers=layers)
+        at_least(1, filters=filters)
+        at_least(2, layers=layers)
         self.shape, self.layers, self.constant = shape, layers, code == 0
         self.trunk = grown(shape, code, features, widths, hidden)
         self.mix = nn.Conv2d(features, filters, 3, padding=1)

@@ -88,10 +88,10 @@ class LitVLAE(LightningModule):
     """Trains a VLAE on the batches of `Images`, with noise that is a function of the seed and the batch.
 
     Logs `train/loss` and `{train,val,test}/{rate,distortion,nelbo,bits_per_dim}`: nats per image, the last bits per
-    dimension.
+    dimension. Those of training are of the global batch, of the last one where batches are accumulated.
 
     Raises:
-        ValueError: for a setting that does not fit, or if a fresh model of binary images is not at D ln 2 nats.
+        ValueError: for a setting that does not fit, or if a fresh model of black and white is not at D ln 2 nats.
         FloatingPointError: as soon as the loss is not finite; no checkpoint is written after that.
     """
 
@@ -171,7 +171,7 @@ class LitVLAE(LightningModule):
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.trainer.global_step + 1) % every == 0:  # a log call costs as much as a small layer
             # on the CPU: Lightning reads what the bar shows at every step, which would wait for the device
-            values = torch.stack([loss, terms.rate.mean(), terms.distortion.mean()]).detach().cpu()
+            values = self.average(torch.stack([loss, terms.rate.mean(), terms.distortion.mean()]).detach()).cpu()
             figures = self.figures("train", values[1], values[2])
             self.row = {"train/loss": values[0], **figures}
             self.log_dict(self.row, logger=False, batch_size=len(batch.x))
@@ -191,7 +191,7 @@ class LitVLAE(LightningModule):
 
     def guard(self, terms: Terms, loss: Tensor, number: int) -> None:
         """Checks a fresh model's first loss, and that losses are finite: at once on CPU, else every 50 batches."""
-        if number == 0 and self.fresh and self.levels == 2:
+        if number == 0 and self.fresh and self.levels == 2 and self.model.likelihood.channels == 1:
             first, uniform = terms.distortion.mean().item(), self.dims * math.log(2)
             if not abs(first - uniform) < 0.05 * uniform:
                 raise ValueError(f"a fresh model must start near {uniform:.1f} nats (D ln 2), this one at {first:.1f}")
