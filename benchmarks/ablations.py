@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--changes", nargs="*", default=CHANGES, help="overrides of one run each, in quotes")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--precision", default="bf16-mixed", help="of training; without AVX512 32-true is faster")
+    parser.add_argument("--precision", default="bf16-mixed", help="of training; without AMX 32-true is faster")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, help="a file to append the lines to")
     arguments = parser.parse_args()

@@ -6,7 +6,7 @@
     python benchmarks/tables.py --readme                                     # only writes the tables
 
 A row is trained by `train.py` in runs/tables/ROW_SEED, on training and validation images as the paper's are; an
-interrupted one goes on there. Training is compiled, which needs a C++ compiler; a processor without AVX512 trains
+interrupted one goes on there. Training is compiled, which needs a C++ compiler; a processor without AMX trains
 faster with `--precision 32-true`, which the record tells. It is scored by `python -m vlae evaluate` on the whole test
 split or on `--images` of it, the same for all rows. Kept are results/tables/ROW_SEED.json (the record of training and
 of the one-sample bound), ROW_SEED_nll.json and ROW_SEED_nll_part.json (the records of the importance-sampled NLL of
