@@ -126,7 +126,7 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
     shipped = sorted((line for line in lines if line["weights"] != "random"), key=lambda line: line["batch"])
     random = sorted((line for line in lines if line["weights"] == "random"), key=lambda line: line["height"])
     growth = {
-        f"images in a batch (28x28, window {shipped[0]['receptive_field']})": ("batch", shipped),
+        "images in a batch (28x28, shipped weights)": ("batch", shipped),
         "window (28x28)": ("receptive_field", [line for line in random if line["height"] == 28]),
         "height and width of the image (window 7x4)": ("height", [x for x in random if x["receptive_field"] == "7x4"]),
     }

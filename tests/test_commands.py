@@ -120,6 +120,12 @@ def test_reconstruct(run: Path, call: Vlae) -> None:
         assert Image.open(Path("out") / f"{name}.png").width > 300
 
 
+def test_reconstruct_a_single_picture(run: Path, call: Vlae) -> None:
+    Image.new("L", (8, 8)).save("one.png")
+    call("reconstruct", str(run), "one.png", "-o", "out")
+    assert Image.open("out/interpolations.png").height < Image.open(run / "interpolations.png").height
+
+
 def test_encode(run: Path, call: Vlae) -> None:
     out = call("encode", str(run), "-o", "new/codes.npz")
     splits, model = digits(Path()), vlae.load(run / "checkpoints" / "best.ckpt")

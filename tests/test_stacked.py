@@ -112,7 +112,9 @@ def test_a_fresh_model_is_uniform() -> None:
     torch.testing.assert_close(terms.distortion, torch.full((6,), 35 * math.log(2)))
 
 
-@pytest.mark.parametrize("changed", [{"layers": 1}, {"filters": 0}, {"features": 0}, {"widths": []}, {"hidden": 0}])
+@pytest.mark.parametrize(
+    "changed", [{"layers": 0}, {"layers": 1}, {"filters": 0}, {"features": 0}, {"widths": []}, {"hidden": 0}]
+)
 def test_refuses_bad_sizes(changed: dict[str, int | list[int]]) -> None:
     sizes = {"features": 3, "filters": 5, "layers": 2, "widths": [4], "hidden": 10} | changed
     with pytest.raises(ValueError) as caught:
