@@ -2,8 +2,8 @@
 
 Every run sees as many images, on one thread each, `--jobs` at a time beside one another. One JSON line each, of the
 validation split: settings changed, NELBO, rate and distortion in nats (one-sample bounds), the bound and the
-importance-sampled NLL of the same 500 images with 64 samples each, precision, parameters, images seen, seconds of
-training, hardware and commit. Training is compiled, which needs a C++ compiler. Runs lie in runs/ablations, where an
+importance-sampled NLL of the same 500 images with 64 samples each, epochs, precision, parameters, images seen, seconds
+of training, hardware and commit. Training is compiled, which needs a C++ compiler. Runs lie in runs/ablations, where an
 interrupted one goes on. A change of which `--out` has a line with that seed is left alone: start a file anew with a
 new recipe, precision or length.
 """
@@ -59,7 +59,7 @@ def run(change: str, seed: int, epochs: int, precision: str) -> dict[str, Any]:
     part = {f"{name}_of_500": round(scored["metrics"][f"val/{name}"], 3) for name in ("nelbo", "nll")}
     cost = {name: trained[name] for name in ("parameters", "images_seen", "wall_s")}
     source = {name: scored[name] for name in ("hardware", "commit")}
-    about = {"bench": "ablations", "change": change, "seed": seed, "precision": precision}
+    about = {"bench": "ablations", "change": change, "seed": seed, "epochs": epochs, "precision": precision}
     return {**about, **figures, **part, **cost, **source}
 
 

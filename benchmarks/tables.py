@@ -197,28 +197,28 @@ def tables() -> str:
     return "\n".join(texts)
 
 
-def ablations() -> str:
-    """The table of what `benchmarks/ablations.py --out results/ablations.jsonl` measured."""
-    file = KEPT.parent / "ablations.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    if not lines:
-        return ""
+def ablations(file: Path) -> str:
+    """The table of what `benchmarks/ablations.py --out FILE` measured."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
     head = ["changed", "bound", "rate", "distortion", "bound of 500", "NLL of 500", "parameters"]
     rows = []
     for each in lines:
         figures = [f"{each[name]:.2f}" for name in ("nelbo", "rate", "distortion", "nelbo_of_500", "nll_of_500")]
         rows.append([f"`{each['change']}`" if each["change"] else "nothing", *figures, f"{each['parameters']:,}"])
     first = lines[0]
-    about = f"""**What the number hinges on**: `experiment=mnist_static` of commit {first["commit"][:7]} with settings
-changed, {first["images_seen"]:,} images seen of the 50,000 for training, seed {first["seed"]}, {first["hardware"]}.
-Validation split, nats an image; NLL with 64 samples of the same 500 images. By `python benchmarks/ablations.py
---changes CHANGE... --out results/ablations.jsonl` ([lines](results/ablations.jsonl)):"""
+    commit, options = first["commit"][:7], f"--epochs {first['epochs']} --precision {first['precision']}"
+    about = f"""**What the number hinges on** after {first["epochs"]} epochs of the 50,000 training images:
+settings changed in `experiment=mnist_static` of commit {commit}, seed {first["seed"]}, {first["hardware"]}.
+Validation split, nats an image; NLL with 64 samples of the same 500 images. By
+`python benchmarks/ablations.py {options}
+--out results/{file.name} --changes CHANGE...` ([lines](results/{file.name})):"""
     return markdown(about, head, rows)
 
 
 def text() -> str:
     """What stands between the two marks of README."""
-    return "\n".join(["", *(each for each in (tables(), ablations()) if each), ""])
+    texts = [tables(), *map(ablations, sorted(KEPT.parent.glob("ablations*.jsonl")))]
+    return "\n".join(["", *filter(None, texts), ""])
 
 
 def write(readme: Path) -> None:
