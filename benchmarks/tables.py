@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "results" / "tables"
+PRECISION = "bf16-mixed"  # of training, if none is asked for
 
 
 class Row(NamedTuple):
@@ -206,12 +207,13 @@ def ablations(file: Path) -> str:
         figures = [f"{each[name]:.2f}" for name in ("nelbo", "rate", "distortion", "nelbo_of_500", "nll_of_500")]
         rows.append([f"`{each['change']}`" if each["change"] else "nothing", *figures, f"{each['parameters']:,}"])
     first = lines[0]
-    commit, options = first["commit"][:7], f"--epochs {first['epochs']} --precision {first['precision']}"
+    commit, precision, out = first["commit"][:7], first["precision"], f"results/{file.name}"
+    options = f"--epochs {first['epochs']}" + ("" if precision == PRECISION else f" --precision {precision}")
     about = f"""**What the number hinges on** after {first["epochs"]} epochs of the 50,000 training images:
-settings changed in `experiment=mnist_static` of commit {commit}, seed {first["seed"]}, {first["hardware"]}.
-Validation split, nats an image; NLL with 64 samples of the same 500 images. By
-`python benchmarks/ablations.py {options}
---out results/{file.name} --changes CHANGE...` ([lines](results/{file.name})):"""
+settings changed in `experiment=mnist_static` of commit {commit}, seed {first["seed"]}, {precision},
+{first["hardware"]}. Validation split, nats an image; NLL with 64 samples of the same 500 images. By
+`python benchmarks/ablations.py {options} --out {out} --changes CHANGE...`
+([lines]({out})):"""
     return markdown(about, head, rows)
 
 
@@ -233,7 +235,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4096, help="codes an image of the NLL")
     parser.add_argument("--images", type=int, help="of the test split, drawn by seed, instead of all")
     parser.add_argument("--ranks", type=int, default=1, help="processes that share the images of the NLL")
-    parser.add_argument("--precision", default="bf16-mixed", help="of training, where it is not on record yet")
+    parser.add_argument("--precision", default=PRECISION, help="of training, where it is not on record yet")
     parser.add_argument("--readme", action="store_true", help="write README's tables, and train nothing")
     arguments = parser.parse_args()
     rows = [*ROWS] if arguments.rows == ["all"] else arguments.rows
