@@ -198,9 +198,8 @@ def tables() -> str:
     return "\n".join(texts)
 
 
-def ablations(file: Path) -> str:
-    """The table of what `benchmarks/ablations.py --out FILE` measured."""
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
+def ablations(file: Path, lines: list[dict[str, Any]]) -> str:
+    """The table of the lines of `benchmarks/ablations.py --out FILE`."""
     head = ["changed", "bound", "rate", "distortion", "bound of 500", "NLL of 500", "parameters"]
     rows = []
     for each in lines:
@@ -219,8 +218,10 @@ settings changed in `experiment=mnist_static` of commit {commit}, seed {first["s
 
 def text() -> str:
     """What stands between the two marks of README."""
-    texts = [tables(), *map(ablations, sorted(KEPT.parent.glob("ablations*.jsonl")))]
-    return "\n".join(["", *filter(None, texts), ""])
+    files = KEPT.parent.glob("ablations*.jsonl")
+    measured = [(file, [json.loads(line) for line in file.read_text().splitlines()]) for file in files]
+    measured.sort(key=lambda each: each[1][0]["epochs"])
+    return "\n".join(["", *filter(None, [tables(), *(ablations(*each) for each in measured)]), ""])
 
 
 def write(readme: Path) -> None:
