@@ -22,7 +22,7 @@ from vlae import build
 from vlae.datasets import Splits
 from vlae.experiment import prepare, run, trainer_for
 from vlae.launch import UNNAMED, lasting, named
-from vlae.records import RESUMABLE
+from vlae.records import RESUMABLE, commit
 
 YAML = {group: sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml")) for group in ("data", "experiment")}
 
@@ -132,6 +132,20 @@ def test_what_benchmarks_train_differs_and_builds(benchmark: str, monkeypatch: p
     assert len({json.dumps(each, sort_keys=True) for each in composed}) == len(rows) > 1
     for each in composed:
         build(each["model"], (1, 28, 28), 2)
+
+
+def test_ablations_refuse_a_file_of_other_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(ROOT / "benchmarks")
+    file, main = tmp_path / "kept.jsonl", run_path("ablations.py")["main"]
+    monkeypatch.setattr(sys, "argv", ["ablations.py", "--out", str(file), "--changes", "a=1"])
+    kept = {"change": "a=1", "seed": 0, "epochs": 2, "precision": "bf16-mixed", "commit": commit()}
+    file.write_text(json.dumps(kept) + "\n")
+    main()  # has that change, so trains nothing
+    for name, other in {"seed": 1, "epochs": 8, "precision": "32-true", "commit": "0" * 40}.items():
+        file.write_text(json.dumps(kept | {name: other}) + "\n")
+        with pytest.raises(SystemExit, match=f"kept.jsonl: lines of {name} {other}, not "):
+            main()
+    assert len(file.read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize(
