@@ -78,7 +78,8 @@ def main() -> None:
     for name, value in (settings | {"commit": commit()}).items():
         if others := {line[name] for line in lines} - {value}:
             sys.exit(f"{arguments.out}: lines of {name} {', '.join(map(str, others))}, not {value}; name another file")
-    changes = [change for change in arguments.changes if change not in {line["change"] for line in lines}]
+    done = {line["change"] for line in lines}
+    changes = [change for change in arguments.changes if change not in done]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for line in pool.map(lambda change: run(change, **settings), changes):
             emit(line, arguments.out)
