@@ -45,6 +45,7 @@ ROWS = {
     "mnist_static_af": Row("window, AF prior: the VLAE", LADDER),
     "mnist_static_paper": Row("VLAE of the paper's own sizes and decoder", f"{LADDER} model=paper"),
     "mnist_static_vlae": Row("VLAE, 16 epochs", "experiment=mnist_static"),
+    "mnist_static_long": Row("VLAE, 24 epochs", "experiment=mnist_static trainer.max_epochs=24"),
     "mnist_static_large": Row("VLAE, larger decoder, 16 epochs", "experiment=mnist_static model=binary_large"),
     "mnist_decoder": Row("decoder alone, 16 epochs", "experiment=mnist model.code=0"),
     "mnist_vlae": Row("VLAE, 16 epochs", "experiment=mnist"),
