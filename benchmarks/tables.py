@@ -52,7 +52,7 @@ ROWS = {
     "mnist_large": Row("VLAE, larger decoder, 16 epochs", "experiment=mnist model=binary_large"),
     "caltech101_decoder": Row("decoder alone", "experiment=caltech101 model.code=0"),
     "caltech101_vlae": Row("VLAE", "experiment=caltech101"),
-    "caltech101_dropout": Row("VLAE, dropout 0.2", "experiment=caltech101 model.decoder.dropout=0.2"),
+    "caltech101_dropout": Row("VLAE, dropout 0.5", "experiment=caltech101 model.decoder.dropout=0.5"),
     "omniglot_original_decoder": Row("decoder alone", "experiment=omniglot_original model.code=0"),
     "omniglot_original_plain": Row(
         "plain VAE", "experiment=omniglot_original model.decoder.receptive_field=none model.prior.depth=0"
