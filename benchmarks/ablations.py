@@ -1,11 +1,11 @@
-"""What the NELBO of static MNIST hinges on: one setting of `experiment=mnist_static` changed at a time.
+"""What the NELBO of a binary set hinges on: one setting of an experiment, mnist_static, changed at a time.
 
 Every run sees as many images, on one thread each, `--jobs` at a time beside one another. One JSON line each, of the
 validation split: settings changed, NELBO, rate and distortion in nats (one-sample bounds), the bound and the
 importance-sampled NLL of the same 500 images with 64 samples each, epochs, precision, parameters, images seen, seconds
 of training, hardware and commit. Training is compiled, which needs a C++ compiler. Runs lie in runs/ablations, where an
-interrupted one goes on. A change of which `--out` has a line is left alone; lines of another seed, length, precision
-or commit are refused, as what differs in a table must be the change alone.
+interrupted one goes on. A change of which `--out` has a line is left alone; lines of another experiment, seed, length,
+precision or commit are refused, as what differs in a table must be the change alone.
 """
 
 import argparse
@@ -43,10 +43,10 @@ CHANGES = [
 ]
 
 
-def run(change: str, seed: int, epochs: int, precision: str) -> dict[str, Any]:
+def run(change: str, experiment: str, seed: int, epochs: int, precision: str) -> dict[str, Any]:
     """Trains one variant; its line."""
-    overrides = ["experiment=mnist_static", *change.split()]
-    folder = Path("runs") / "ablations" / named([*change.split(), f"seed={seed}", f"epochs={epochs}", precision])
+    overrides = [f"experiment={experiment}", *change.split()]
+    folder = Path("runs") / "ablations" / named([*overrides, f"seed={seed}", f"epochs={epochs}", precision])
     own = [f"seed={seed}", f"trainer.max_epochs={epochs}", "trainer.check_val_every_n_epoch=1", f"folder='{folder}'"]
     own += [f"trainer.precision={precision}"]
     quiet = ["compile=true", "wandb.mode=disabled", "trainer.enable_progress_bar=false"]
@@ -59,13 +59,15 @@ def run(change: str, seed: int, epochs: int, precision: str) -> dict[str, Any]:
     part = {f"{name}_of_500": round(scored["metrics"][f"val/{name}"], 3) for name in ("nelbo", "nll")}
     cost = {name: trained[name] for name in ("parameters", "images_seen", "wall_s")}
     source = {name: scored[name] for name in ("hardware", "commit")}
-    about = {"bench": "ablations", "change": change, "seed": seed, "epochs": epochs, "precision": precision}
+    about = {"bench": "ablations", "experiment": experiment, "change": change}
+    about |= {"seed": seed, "epochs": epochs, "precision": precision}
     return {**about, **figures, **part, **cost, **source}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--changes", nargs="*", default=CHANGES, help="overrides of one run each, in quotes")
+    parser.add_argument("--experiment", default="mnist_static", help="of conf/experiment, of 28x28 binary images")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", default="bf16-mixed", help="of training; without AMX 32-true is faster")
@@ -74,7 +76,7 @@ def main() -> None:
     arguments = parser.parse_args()
     there = arguments.out is not None and arguments.out.exists()
     lines = [json.loads(line) for line in (arguments.out.read_text().splitlines() if there else ())]
-    settings = {name: getattr(arguments, name) for name in ("seed", "epochs", "precision")}
+    settings = {name: getattr(arguments, name) for name in ("experiment", "seed", "epochs", "precision")}
     for name, value in (settings | {"commit": commit()}).items():
         if others := {line[name] for line in lines} - {value}:
             sys.exit(f"{arguments.out}: lines of {name} {', '.join(map(str, others))}, not {value}; name another file")

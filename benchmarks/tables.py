@@ -208,9 +208,11 @@ def ablations(file: Path, lines: list[dict[str, Any]]) -> str:
         rows.append([f"`{each['change']}`" if each["change"] else "nothing", *figures, f"{each['parameters']:,}"])
     first = lines[0]
     commit, precision, out = first["commit"][:7], first["precision"], f"results/{file.name}"
-    options = f"--epochs {first['epochs']}" + ("" if precision == PRECISION else f" --precision {precision}")
-    about = f"""**What the number hinges on** after {first["epochs"]} epochs of the 50,000 training images:
-settings changed in `experiment=mnist_static` of commit {commit}, seed {first["seed"]}, {precision},
+    experiment = first["experiment"]
+    options = "" if experiment == "mnist_static" else f"--experiment {experiment} "
+    options += f"--epochs {first['epochs']}" + ("" if precision == PRECISION else f" --precision {precision}")
+    about = f"""**What the number hinges on** after {first["epochs"]} epochs of the training split:
+settings changed in `experiment={experiment}` of commit {commit}, seed {first["seed"]}, {precision},
 {first["hardware"]}. Validation split, nats an image; NLL with 64 samples of the same 500 images. By
 `python benchmarks/ablations.py {options} --out {out} --changes CHANGE...`
 ([lines]({out})):"""
@@ -221,7 +223,7 @@ def text() -> str:
     """What stands between the two marks of README."""
     files = KEPT.parent.glob("ablations*.jsonl")
     measured = [(file, [json.loads(line) for line in file.read_text().splitlines()]) for file in files]
-    measured.sort(key=lambda each: each[1][0]["epochs"])
+    measured.sort(key=lambda each: (each[1][0]["experiment"] != "mnist_static", each[1][0]["epochs"]))
     return "\n".join(["", *filter(None, [tables(), *(ablations(*each) for each in measured)]), ""])
 
 

@@ -138,10 +138,12 @@ def test_ablations_refuse_a_file_of_other_settings(monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(ROOT / "benchmarks")
     file, main = tmp_path / "kept.jsonl", run_path("ablations.py")["main"]
     monkeypatch.setattr(sys, "argv", ["ablations.py", "--out", str(file), "--changes", "a=1"])
-    kept = {"change": "a=1", "seed": 0, "epochs": 2, "precision": "bf16-mixed", "commit": commit()}
+    kept = {"experiment": "mnist_static", "change": "a=1", "seed": 0, "epochs": 2}
+    kept |= {"precision": "bf16-mixed", "commit": commit()}
     file.write_text(json.dumps(kept) + "\n")
     main()  # has that change, so trains nothing
-    for name, other in {"seed": 1, "epochs": 8, "precision": "32-true", "commit": "0" * 40}.items():
+    others = {"experiment": "mnist", "seed": 1, "epochs": 8, "precision": "32-true", "commit": "0" * 40}
+    for name, other in others.items():
         file.write_text(json.dumps(kept | {name: other}) + "\n")
         with pytest.raises(SystemExit, match=f"kept.jsonl: lines of {name} {other}, not "):
             main()

@@ -120,9 +120,11 @@ def test_readme_tables_of_ablations_agree_with_their_lines() -> None:
             figures = [f"{line[x]:.2f}" for x in ("nelbo", "rate", "distortion", "nelbo_of_500", "nll_of_500")]
             assert cells.split(" | ") == [*figures, f"{line['parameters']:,}"]
             assert change.strip("`") == (line["change"] or "nothing")
-            same = "seed", "epochs", "precision", "images_seen", "hardware", "commit"
+            same = "experiment", "seed", "epochs", "precision", "images_seen", "hardware", "commit"
             assert [line[x] for x in same] == [lines[0][x] for x in same]
-            assert 0 <= 1 - line["images_seen"] / (50_000 * line["epochs"]) < 0.002  # but for a last, unfilled batch
+            images = {"mnist_static": 50_000, "caltech101": 4_100}[line["experiment"]]
+            assert 0 <= 1 - line["images_seen"] / (images * line["epochs"]) < 0.002  # but for a last, unfilled batch
+            assert f"`experiment={line['experiment']}`" in table
             assert re.fullmatch(r"[0-9a-f]{40}", line["commit"])
 
 
