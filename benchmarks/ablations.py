@@ -59,9 +59,9 @@ def run(change: str, experiment: str, seed: int, epochs: int, precision: str) ->
     part = {f"{name}_of_500": round(scored["metrics"][f"val/{name}"], 3) for name in ("nelbo", "nll")}
     cost = {name: trained[name] for name in ("parameters", "images_seen", "wall_s")}
     source = {name: scored[name] for name in ("hardware", "commit")}
-    about = {"bench": "ablations", "experiment": experiment, "change": change}
-    about |= {"seed": seed, "epochs": epochs, "precision": precision}
-    return {**about, **figures, **part, **cost, **source}
+    about = {"bench": "ablations", "experiment": experiment, "change": change, "seed": seed}
+    length = {"epochs": epochs, "precision": precision}
+    return {**about, **length, **figures, **part, **cost, **source}
 
 
 def main() -> None:
