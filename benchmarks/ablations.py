@@ -44,7 +44,7 @@ CHANGES = [
 
 
 def run(change: str, experiment: str, seed: int, epochs: int, precision: str) -> dict[str, Any]:
-    """Trains one variant; its line."""
+    """Trains one variant; its figures."""
     overrides = [f"experiment={experiment}", *change.split()]
     folder = Path("runs") / "ablations" / named([*overrides, f"seed={seed}", f"epochs={epochs}", precision])
     own = [f"seed={seed}", f"trainer.max_epochs={epochs}", "trainer.check_val_every_n_epoch=1", f"folder='{folder}'"]
@@ -59,9 +59,7 @@ def run(change: str, experiment: str, seed: int, epochs: int, precision: str) ->
     part = {f"{name}_of_500": round(scored["metrics"][f"val/{name}"], 3) for name in ("nelbo", "nll")}
     cost = {name: trained[name] for name in ("parameters", "images_seen", "wall_s")}
     source = {name: scored[name] for name in ("hardware", "commit")}
-    about = {"bench": "ablations", "experiment": experiment, "change": change, "seed": seed}
-    length = {"epochs": epochs, "precision": precision}
-    return {**about, **length, **figures, **part, **cost, **source}
+    return {**figures, **part, **cost, **source}
 
 
 def main() -> None:
@@ -83,8 +81,8 @@ def main() -> None:
     done = {line["change"] for line in lines}
     changes = [change for change in arguments.changes if change not in done]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for line in pool.map(lambda change: run(change, **settings), changes):
-            emit(line, arguments.out)
+        for change, figures in zip(changes, pool.map(lambda change: run(change, **settings), changes), strict=True):
+            emit({"bench": "ablations", "change": change, **settings, **figures}, arguments.out)
 
 
 if __name__ == "__main__":

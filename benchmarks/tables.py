@@ -209,7 +209,7 @@ def ablations(file: Path, lines: list[dict[str, Any]]) -> str:
     first = lines[0]
     commit, precision, out = first["commit"][:7], first["precision"], f"results/{file.name}"
     experiment = first["experiment"]
-    options = "" if experiment == "mnist_static" else f"--experiment {experiment} "
+    options = "" if experiment == "mnist_static" else f"--experiment {experiment} "  # older commits lack the option
     options += f"--epochs {first['epochs']}" + ("" if precision == PRECISION else f" --precision {precision}")
     about = f"""**What the number hinges on** after {first["epochs"]} epochs of the training split:
 settings changed in `experiment={experiment}` of commit {commit}, seed {first["seed"]}, {precision},
@@ -223,7 +223,7 @@ def text() -> str:
     """What stands between the two marks of README."""
     files = KEPT.parent.glob("ablations*.jsonl")
     measured = [(file, [json.loads(line) for line in file.read_text().splitlines()]) for file in files]
-    measured.sort(key=lambda each: (each[1][0]["experiment"] != "mnist_static", each[1][0]["epochs"]))
+    measured.sort(key=lambda each: ([*TITLES].index(each[1][0]["experiment"]), each[1][0]["epochs"]))
     return "\n".join(["", *filter(None, [tables(), *(ablations(*each) for each in measured)]), ""])
 
 
