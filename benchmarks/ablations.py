@@ -43,10 +43,11 @@ CHANGES = [
 ]
 
 
-def run(change: str, experiment: str, seed: int, epochs: int, precision: str) -> dict[str, Any]:
+def run(change: str, experiment: str, seed: int, epochs: int, precision: str, commit: str) -> dict[str, Any]:
     """Trains one variant; its figures."""
     overrides = [f"experiment={experiment}", *change.split()]
-    folder = Path("runs") / "ablations" / named([*overrides, f"seed={seed}", f"epochs={epochs}", precision])
+    about = [f"seed={seed}", f"epochs={epochs}", precision, commit[:7] + commit[40:]]
+    folder = Path("runs") / "ablations" / named([*overrides, *about])
     own = [f"seed={seed}", f"trainer.max_epochs={epochs}", "trainer.check_val_every_n_epoch=1", f"folder='{folder}'"]
     own += [f"trainer.precision={precision}"]
     quiet = ["compile=true", "wandb.mode=disabled", "trainer.enable_progress_bar=false"]
@@ -55,11 +56,12 @@ def run(change: str, experiment: str, seed: int, epochs: int, precision: str) ->
     for command in ["train.py", *overrides, *own, *quiet], score:
         subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
     trained, scored = (json.loads((ROOT / folder / f"{name}.json").read_text()) for name in ("metrics", "evaluate"))
+    if scored["commit"] != commit:
+        sys.exit(f"{folder}: the code has become {scored['commit']} meanwhile, not {commit}")
     figures = {name: round(trained[f"val/{name}"], 3) for name in ("nelbo", "rate", "distortion")}
     part = {f"{name}_of_500": round(scored["metrics"][f"val/{name}"], 3) for name in ("nelbo", "nll")}
     cost = {name: trained[name] for name in ("parameters", "images_seen", "wall_s")}
-    source = {name: scored[name] for name in ("hardware", "commit")}
-    return {**figures, **part, **cost, **source}
+    return {**figures, **part, **cost, "hardware": scored["hardware"]}
 
 
 def main() -> None:
@@ -68,14 +70,15 @@ def main() -> None:
     parser.add_argument("--experiment", default="mnist_static", help="of conf/experiment, of 28x28 binary images")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--precision", default="bf16-mixed", help="of training; without AMX 32-true is faster")
+    parser.add_argument("--precision", default="bf16-mixed", help="of training; 32-true can be faster without AMX")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, help="a file to append the lines to")
     arguments = parser.parse_args()
     there = arguments.out is not None and arguments.out.exists()
     lines = [json.loads(line) for line in (arguments.out.read_text().splitlines() if there else ())]
     settings = {name: getattr(arguments, name) for name in ("experiment", "seed", "epochs", "precision")}
-    for name, value in (settings | {"commit": commit()}).items():
+    settings["commit"] = commit()
+    for name, value in settings.items():
         if others := {line[name] for line in lines} - {value}:
             sys.exit(f"{arguments.out}: lines of {name} {', '.join(map(str, others))}, not {value}; name another file")
     done = {line["change"] for line in lines}

@@ -6,7 +6,7 @@
     python benchmarks/tables.py --readme                                     # only writes the tables
 
 A row is trained by `train.py` in runs/tables/ROW_SEED, on training and validation images as the paper's are; an
-interrupted one goes on there. Training is compiled, which needs a C++ compiler; a processor without AMX trains
+interrupted one goes on there. Training is compiled, which needs a C++ compiler; a processor without AMX may train
 faster with `--precision 32-true`, which the record tells. It is scored by `python -m vlae evaluate` on the whole test
 split or on `--images` of it, the same for all rows. Kept are results/tables/ROW_SEED.json (the record of training and
 of the one-sample bound), ROW_SEED_nll.json and ROW_SEED_nll_part.json (the records of the importance-sampled NLL of
@@ -69,7 +69,7 @@ PUBLISHED = {  # label, rate and NLL in nats as printed, how it was estimated
         ("PixelVAE, gated, no up-sampling (2017)", "", "about 79.02", "IS, 1,000"),
         ("PixelVAE with a RealNVP prior (2019)", "", "79.01", "IS"),
         ("BIVA, as cited with RealNVP priors (2019)", "", "78.59", "not stated"),
-        ("PixelVAE++ (2019)", "", "78.00", "not stated"),
+        ("PixelVAE++ (2019)", "", "78.00", "unverified"),
     ],
     "mnist": [
         ("decoder alone (VLAE, 2017)", "0", "87.55", "exact"),
@@ -87,7 +87,7 @@ PUBLISHED = {  # label, rate and NLL in nats as printed, how it was estimated
         ("Discrete VAE (2017)", "", "97.6", "not stated"),
         ("decoder alone (VLAE, 2017)", "0", "89.26", "exact"),
         ("SpARN, as VLAE reports it (2015)", "", "88.48", "not stated"),
-        ("DVAE++ (2018)", "", "81.88", "not stated"),
+        ("DVAE++ (2018)", "", "81.88", "unverified"),
         ("VLAE (2017)", "", "77.36", "IS, 4,096"),
     ],
 }
@@ -111,8 +111,11 @@ def train(row: str, seed: int, precision: str) -> Path:
     folder = Path("runs") / "tables" / name
     record, curves = KEPT / f"{name}.json", KEPT / f"{name}.png"
     if not record.exists():
-        if (begun := read(ROOT / folder / "config.json")) and begun["trainer"]["precision"] != precision:
-            sys.exit(f"{folder}: begun with --precision {begun['trainer']['precision']}, so goes on with that alone")
+        asked, begun = f"{ROWS[row].overrides} trainer.precision={precision}", ROOT / f"{folder}.txt"
+        if (ROOT / folder).exists() and begun.exists() and begun.read_text() != asked:
+            sys.exit(f"{folder}: begun as `{begun.read_text()}`, cannot go on as `{asked}`; remove it to train anew")
+        begun.parent.mkdir(parents=True, exist_ok=True)
+        begun.write_text(asked)
         own = ["data.train_on_validation=true", f"seed={seed}", f"record=tables/{name}", f"folder={folder}"]
         own += [f"trainer.precision={precision}"]
         quiet = ["compile=true", "wandb.mode=disabled", "trainer.enable_progress_bar=false"]
@@ -162,14 +165,14 @@ def line(label: str, name: str) -> list[str]:
     records = {text: read(KEPT / f"{name}{kind}.json") for text, kind in files.items()}
     links = [f"[{text}](results/tables/{name}{files[text]}.json)" for text in records if records[text]]
     trained, whole, part = records.values()
-    cells = [f"{trained['metrics'][f'test/{figure}']:.2f}" for figure in ("nelbo", "rate", "distortion")]
-    bound = (whole or trained)["metrics"]["test/nelbo"]
+    bounds = (whole or trained)["metrics"]
+    cells = [f"{bounds[f'test/{figure}']:.2f}" for figure in ("nelbo", "rate", "distortion")]
     for scored, figure in ((whole, "nll"), (part, "gap")):
         if not scored:
             cells += ["", ""]
             continue
         value, error = (scored["metrics"][f"test/{figure}{kind}"] for kind in ("", "_standard_error"))
-        nll = bound - value if figure == "gap" else value
+        nll = bounds["test/nelbo"] - value if figure == "gap" else value
         cells += [f"{nll:.2f}±{error:.2f}", f"{scored['samples']:,} x {scored['images']:,}"]
     return [label, ", ".join(links), *cells, *(f"{trained[figure]:,}" for figure in ("parameters", "images_seen"))]
 
@@ -211,7 +214,8 @@ def ablations(file: Path, lines: list[dict[str, Any]]) -> str:
     experiment = first["experiment"]
     options = "" if experiment == "mnist_static" else f"--experiment {experiment} "  # older commits lack the option
     options += f"--epochs {first['epochs']}" + ("" if precision == PRECISION else f" --precision {precision}")
-    about = f"""**What the number hinges on** after {first["epochs"]} epochs of the training split:
+    options += f" --seed {first['seed']}" if first["seed"] else ""
+    about = f"""**What the number hinges on**, the best by the bound of {first["epochs"]} epochs of the training split:
 settings changed in `experiment={experiment}` of commit {commit}, seed {first["seed"]}, {precision},
 {first["hardware"]}. Validation split, nats an image; NLL with 64 samples of the same 500 images. By
 `python benchmarks/ablations.py {options} --out {out} --changes CHANGE...`
@@ -221,9 +225,11 @@ settings changed in `experiment={experiment}` of commit {commit}, seed {first["s
 
 def text() -> str:
     """What stands between the two marks of README."""
-    files = KEPT.parent.glob("ablations*.jsonl")
-    measured = [(file, [json.loads(line) for line in file.read_text().splitlines()]) for file in files]
-    measured.sort(key=lambda each: ([*TITLES].index(each[1][0]["experiment"]), each[1][0]["epochs"]))
+    files = sorted(KEPT.parent.glob("ablations*.jsonl"))
+    all_lines = [(file, [json.loads(line) for line in file.read_text().splitlines()]) for file in files]
+    measured = [(file, lines) for file, lines in all_lines if lines]
+    sets = [*TITLES, *(lines[0]["experiment"] for _, lines in measured)]
+    measured.sort(key=lambda each: (sets.index(each[1][0]["experiment"]), each[1][0]["epochs"]))
     return "\n".join(["", *filter(None, [tables(), *(ablations(*each) for each in measured)]), ""])
 
 
