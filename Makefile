@@ -17,7 +17,7 @@ train: .venv/installed ## install, then python train.py $(ARGS): by default the 
 test: lint ## install every extra, lint, then pytest $(ARGS)
 	$(RUN) pytest $(ARGS)
 
-tables: .venv/installed ## README's tables of binary images, or a row of them: make tables ARGS=mnist_static_vlae
+tables: .venv/installed ## README's tables of binary images (days), or rows of them: make tables ARGS=mnist_large
 	.venv/bin/python benchmarks/tables.py $(or $(ARGS),all)
 
 lint: .venv/installed-dev ## ruff check, ruff format --check and the type checker

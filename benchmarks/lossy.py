@@ -19,7 +19,6 @@ many training images.
 import argparse
 import json
 import math
-import zlib
 from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +31,7 @@ from torch import Tensor
 from vlae.charts import HUES, INK, RULE, order
 from vlae.codes import encode
 from vlae.commands import opened
-from vlae.compression import BATCH, compress, decompress
+from vlae.compression import BATCH, checksum, compress, decompress
 from vlae.container import pack, unpack
 from vlae.data import generator
 from vlae.figures import captioned, grid, save
@@ -82,7 +81,7 @@ def measure(model: VLAE, judge: Judge, seed: int) -> tuple[dict[str, Any], list[
     numbers, files, shown = np.frombuffer(payload, np.uint8).reshape(len(x), -1), {}, []
     for count in BYTES:
         first = numbers[:, :count].tobytes()  # all that fewer bytes would hold, as each is chosen after those before
-        file = pack(about._replace(content=zlib.crc32(first, len(x))), first)
+        file = pack(about._replace(content=checksum(about, first)), first)
         drawn = decompress(model, file, uniform)
         qualities = {"likely": judge(decompress(model, file)), "drawn": judge(drawn)}
         files[f"{count}"] = {"bytes": round(len(file) / len(x), 3), **qualities}

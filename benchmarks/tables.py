@@ -143,7 +143,8 @@ def score(row: str, folder: Path, samples: int, images: int | None, ranks: int) 
         except ValueError as error:
             sys.exit(str(error))
     if not (ROOT / folder).exists():
-        sys.exit(f"{folder}: no run to score; remove {KEPT / folder.name}.json to train it again")
+        print(f"{folder}: no run here to score; remove {KEPT / folder.name}.json to train it again", file=sys.stderr)
+        return
     start = [sys.executable, "-m"]
     environment = dict(os.environ)
     if ranks > 1:

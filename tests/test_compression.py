@@ -12,12 +12,14 @@ import zlib
 from copy import deepcopy
 from operator import itemgetter
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import norm
+from sklearn.dummy import DummyClassifier
 from tiny import last_of, settings, shaken, tiny
 
 from vlae.codec import Codec
@@ -311,6 +313,19 @@ def test_more_bytes_are_nearer(small: VLAE) -> None:
         log_qz = torch.distributions.Normal(q.mean, q.log_scale.exp()).log_prob(z).sum(1)
         found.append((log_qz - log_pz).mean().item())
     assert found[0] < found[1] < found[2]
+
+
+def test_benchmark_of_lossy_files_measures_what_compress_writes(small: VLAE) -> None:
+    measured = run_path(str(Path(__file__).parents[1] / "benchmarks" / "lossy.py"))
+    x, y = draw(small, 20), torch.arange(20) % 2
+    judge = measured["Judge"](x, y, DummyClassifier(strategy="constant", constant=1).fit(x.flatten(1), y))
+    found, _ = measured["measure"](small, judge, 0)
+    for count in 1, 3, 8:
+        file = compress(small, x, lossy=count)
+        assert found["files"][f"{count}"]["bytes"] == pytest.approx(len(file) / 20, abs=5e-4)
+        wrong = (decompress(small, file) != x).double().mean().item()
+        assert found["files"][f"{count}"]["likely"]["wrong_pixels"] == pytest.approx(wrong, abs=5e-5)
+        assert found["files"][f"{count}"]["likely"]["digits"] == 0.5
 
 
 def test_lossy_refusals(small: VLAE) -> None:
