@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from math import ceil
 from pathlib import Path
 from runpy import run_path
@@ -15,6 +16,7 @@ from runpy import run_path
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from PIL import Image
 from small import CPU, DIGITS, ROOT, TINY, command, config, overrides, write_files
 
@@ -101,6 +103,31 @@ def test_every_experiment_takes_two_steps(experiment: str, files: Path, tmp_path
     assert trainer.global_step == 2
     assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_torchrun_inside_a_job_of_slurm_tells_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", 0)  # which a Trainer sets
+    torchrun = {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
+    torchrun |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 29500, "TORCHELASTIC_RUN_ID": "one"}
+    slurm = {"SLURM_NTASKS": 2, "SLURM_PROCID": 0, "SLURM_LOCALID": 0, "SLURM_JOB_ID": 7}
+    for name, value in {**slurm, **torchrun}.items():
+        monkeypatch.setenv(name, str(value))
+    asked, images, _ = prepare(config(*DIGITS, "trainer.devices=2", "trainer.strategy=ddp"))
+    trainer = trainer_for(asked, images, tmp_path, [])
+    assert (trainer.global_rank, trainer.world_size, trainer.is_global_zero) == (1, 2, False)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "text"), [(7, "the last 2 epochs are not validated"), (3, "nothing is validated"), (10, "")]
+)
+def test_epochs_after_the_last_validation_are_told(tmp_path: Path, epochs: int, text: str) -> None:
+    asked, images, _ = prepare(config(*DIGITS, f"trainer.max_epochs={epochs}"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer_for(asked, images, tmp_path, [])
+    told = [str(each.message) for each in caught if "check_val_every_n_epoch=5" in str(each.message)]
+    assert len(told) == bool(text)
+    assert all(f"trainer.max_epochs={epochs} " in line and text in line for line in told)
 
 
 def test_an_experiment_of_full_size_is_tested_and_drawn(files: Path, here: Path) -> None:

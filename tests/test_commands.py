@@ -187,8 +187,8 @@ def test_compress_codes_alone(run: Path, call: Vlae) -> None:
     x, found = digits(Path()).test.images, []
     assert Path("codes.vlae").stat().st_size == 35 + 2 * len(x)
     for more in (["--likely"], [], ["--seed", "0"], ["--seed", "4"]):
-        call("decompress", str(run), "codes.vlae", *more)
-        found.append(np.load("codes.npz")["images"])
+        call("decompress", str(run), "codes.vlae", "-o", f"{len(found)}.npz", *more)
+        found.append(np.load(f"{len(found)}.npz")["images"])
     assert f"{float((found[0] != x.numpy()).mean()):.2%} of the most likely values" in out
     assert np.array_equal(found[1], found[2])
     assert not np.array_equal(found[2], found[3])
@@ -239,6 +239,14 @@ class Evil:
         (["compress", "{run}", "floats.npy"], r"floats.npy: float64 \[2, 8, 8\]; integers 0 to 255 of \[N, 1, 8, 8\]"),
         (["compress", "{run}", "seventeen.npy"], "images of values 0 to 17; the model is for 0 to 16"),
         (["compress", "{run}", "two.npz"], "two.npz: .*images"),
+        (["compress", "{run}", "colour.png"], r"colour\.png: other values than the model's 17 levels of grey; an .npy"),
+        (
+            ["compress", "{run}", "fits.png", "finer.png"],
+            r"finer\.png: other values than the model's 17 levels of grey",
+        ),
+        (["decompress", "{run}", "digit.vlae", "-o", "two.npz"], "--output=two.npz: is there already"),
+        (["encode", "{run}", "--data", "digits", "nowhere"], "--data=digits: .* trained on its own data"),
+        (["encode", "{run}", "-o", "codes.npz", "nowhere"], "nowhere: neither train, validation, test alone"),
         (["compress", "{run}", "pickled.npy"], "pickled.npy: Object arrays cannot be loaded"),
         (["compress", "{run}", "none.npy"], "no images to compress"),
         (["decompress", "{run}", "text.png"], "text.png: no compressed images"),
@@ -255,6 +263,8 @@ def test_one_line_says_what_is_wrong(run: Path, call: Vlae, arguments: list[str]
     Image.new("L", (7, 8)).save("small.png")
     Image.new("L", (8, 8)).save("fits.png")
     Image.new("L", (400, 300)).save("large.jpg")
+    Image.new("RGB", (8, 8), (0, 16, 0)).save("colour.png")
+    Image.new("L", (8, 8), 100).save("finer.png")
     np.save("floats.npy", np.zeros((2, 8, 8)))
     np.save("none.npy", np.zeros((0, 8, 8), dtype=np.uint8))
     np.save("seventeen.npy", np.arange(128).reshape(2, 1, 8, 8) % 18)

@@ -424,6 +424,32 @@ def test_a_record_of_hours_is_not_lost(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "evaluate.json").read_text())["samples"] == 3
 
 
+def test_a_record_that_came_meanwhile_is_not_lost(tmp_path: Path) -> None:
+    model, images = small(), Images(digits, None, 1, 1, seed=0)
+    evaluate(model, images, "validation", 2, None, tmp_path, {})
+    file, other = tmp_path / "evaluate.json", (tmp_path / "evaluate.json").read_bytes()
+    file.unlink()
+    (tmp_path / "evaluate.json.part").write_text("what a kill left of a record")
+
+    def ended(*_: object) -> None:
+        file.write_bytes(other)
+
+    model.encoder.register_forward_hook(ended)
+    with pytest.raises(ValueError, match="holds validation at 2 samples of 250 images; move it to have test"):
+        evaluate(model, images, "test", 1, None, tmp_path, {})
+    assert file.read_bytes() == other
+
+
+def test_a_model_that_is_training_is_scored_without_dropout() -> None:
+    model, eps = tiny(dropout=0.5), torch.randn(4, len(X), 2, dtype=torch.float64)
+    expected = log_likelihood(model.eval(), X, [eps])
+    model.train()
+    model.prior.eval()
+    assert all(map(torch.equal, log_likelihood(model, X, [eps]), expected))
+    assert [part.training for part in (model, model.decoder.blocks[0], model.prior)] == [True, True, False]
+    assert (model(X, eps[0]).elbo != model(X, eps[0]).elbo).any()
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

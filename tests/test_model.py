@@ -288,6 +288,15 @@ def test_bytes_are_integers_too(shape: tuple[int, int, int], levels: int, chosen
     assert torch.equal(model(x.byte(), eps).elbo, model(x, eps).elbo)
 
 
+@over_models
+def test_noise_of_another_shape_is_refused(shape: tuple[int, int, int], levels: int, chosen: dict[str, Any]) -> None:
+    model, x = tiny(shape, levels, **chosen), torch.zeros(4, *shape, dtype=torch.long)
+    for wrong in (torch.zeros(4, 1), torch.zeros(4, model.prior.code + 1)):
+        with pytest.raises(ValueError) as caught:
+            model(x, wrong.double())
+        assert f"noise of shape {tuple(wrong.shape)} for codes of shape (4, {model.prior.code})" in str(caught.value)
+
+
 @pytest.mark.parametrize("window", ["none", "3x2", "7x4"])
 @pytest.mark.parametrize("depth", [0, 3])
 @pytest.mark.parametrize("code", [0, 2, [2, 3, 4]])

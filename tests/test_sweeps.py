@@ -1,5 +1,6 @@
 """Sweeps: a folder and a process a job, what is done is done, what fails is told and ends nothing else."""
 
+import math
 import re
 import signal
 import statistics
@@ -12,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from small import DIGITS, ROOT
+from small import DIGITS, ROOT, config
 
-from vlae.launch import fail, gpus, lasting, named, plan, quoted, reason
+from vlae.launch import fail, gpus, lasting, named, plan, quoted, reason, start
 from vlae.records import write
 from vlae.sweeps import job, jobs, points, short, varied
 
@@ -151,18 +152,21 @@ def test_a_reason_is_one_line(code: int, output: str, text: str) -> None:
 def test_jobs_wait_for_a_gpu_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-x")
-    with gpus(2) as both:
-        assert both == {"CUDA_VISIBLE_DEVICES": "3,GPU-x"}
+    stop = tmp_path / "stop"
+    with gpus(2, stop) as both, gpus(0, stop) as none:
+        assert (both, none) == ({"CUDA_VISIBLE_DEVICES": "3,GPU-x"}, {})
+    with gpus(-1, stop) as shown:
+        assert shown == both
     got: list[str] = []
     tried = threading.Event()
     monkeypatch.setattr("vlae.launch.time.sleep", lambda seconds: tried.set())
 
     def third() -> None:
-        with gpus(2) as shown:
+        with gpus(2, stop) as shown:
             got.append(shown["CUDA_VISIBLE_DEVICES"])
 
-    with gpus(1) as one:
-        with gpus(1) as two:
+    with gpus(1, stop) as one:
+        with gpus(1, stop) as two:
             assert {one["CUDA_VISIBLE_DEVICES"], two["CUDA_VISIBLE_DEVICES"]} == {"3", "GPU-x"}
         waiting = threading.Thread(target=third)
         waiting.start()
@@ -170,8 +174,29 @@ def test_jobs_wait_for_a_gpu_of_their_own(tmp_path: Path, monkeypatch: pytest.Mo
         assert not got
     waiting.join()
     assert got == ["3,GPU-x"]
-    with gpus(0) as shown, gpus(5) as more:  # all of them
-        assert shown == more == {}
+    with gpus(5, stop) as shown:  # there are not so many: all of them
+        assert shown == {}
+    stop.touch()
+    with gpus(1, stop) as one, gpus(2, stop) as shown:  # nobody waits any more
+        assert one == shown == {}
+
+
+def test_a_job_that_could_not_be_started_again_is_done_still(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, folder = config(*DIGITS), tmp_path / "job"
+    write(folder / "config.json", settings)
+    write(folder / "metrics.json", {"val/nelbo": 3.0})
+    assert fail(folder, settings, "another training is running there") == math.inf
+    assert start([], settings, folder) == 3.0
+    assert "finished before" in capsys.readouterr().out
+    assert job(folder).state == "done"
+
+
+def test_long_names_fit_a_file_system() -> None:
+    name = named([f"data.folder={'写' * 110}", "seed=1"])
+    assert len(name.encode()) <= 120
+    assert name != named([f"data.folder={'写' * 111}", "seed=1"])
 
 
 def test_a_sweep_from_outside(here: Path) -> None:

@@ -40,10 +40,16 @@ def make(batch_size: int = 4) -> Images:
     return Images(toy, root=None, batch_size=batch_size, eval_batch_size=3, seed=1)
 
 
-def lit(code: int = 2, compile: bool = False, objective: dict[str, Any] | None = None, **optimizer: Any) -> LitVLAE:
+def lit(
+    code: int = 2,
+    compile: bool = False,
+    dropout: float = 0.0,
+    objective: dict[str, Any] | None = None,
+    **optimizer: Any,
+) -> LitVLAE:
     torch.manual_seed(0)
     return LitVLAE(
-        model=settings(code=code, window="3x2"),
+        model=settings(code=code, window="3x2", dropout=dropout),
         shape=SHAPE,
         levels=2,
         seed=1,
@@ -115,7 +121,7 @@ class SaveAt(Callback):
         setattr(self, hook, self.save)
 
     def save(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step:
+        if trainer.global_step == self.step and not self.path.exists():  # not again where steps take several batches
             trainer.save_checkpoint(self.path)
 
 
@@ -145,14 +151,16 @@ def test_averaged_weights_are_a_plain_loop(tmp_path: Path) -> None:
     assert near(copied(vlae.load(path)), copied(module.model))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize(
     ("hook", "step"), [("on_train_batch_end", 3), ("on_train_batch_end", 8), ("on_validation_end", 6)]
 )
-def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path, hook: str, step: int) -> None:
+def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path, hook: str, step: int, dropout: float) -> None:
     """Weights, averaged weights, optimiser, learning rate and gamma of the soft free bits, to the bit."""
 
     def fit(path: Path | None, end: Path, *more: Callback) -> tuple[Watch, dict[str, Any]]:
-        watch, module = Watch(), lit(schedule="cosine", warmup_steps=4, objective={"kind": "soft", "free_bits": 2.0})
+        soft = {"kind": "soft", "free_bits": 2.0}
+        watch, module = Watch(), lit(schedule="cosine", warmup_steps=4, dropout=dropout, objective=soft)
         run = trainer(tmp_path, watch, Averaging(0.9), *more, SaveAt("on_train_batch_end", 12, end))
         run.fit(module, make(), ckpt_path=path)
         return watch, torch.load(end, weights_only=True)
@@ -167,6 +175,25 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path, hook: str, s
     for key in ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers"):
         assert same(end[key], resumed_end[key])
     assert torch.load(path, weights_only=True)["state_dict"]["objective.gamma"] != 1
+
+
+@pytest.mark.parametrize("more", [{}, {"max_steps": 9, "max_epochs": -1}])
+def test_a_run_that_goes_on_with_other_steps_an_epoch_stays_in_its_schedule(
+    tmp_path: Path, more: dict[str, int]
+) -> None:
+    """As with more devices: six steps an epoch, then two, and after half of the second epoch six again."""
+
+    def fit(start: Path | None, end: Path, step: int, accumulate: int) -> list[float]:
+        watch, save = Watch(), SaveAt("on_validation_end" if step == 6 else "on_train_batch_end", step, end)
+        run = trainer(tmp_path, watch, save, accumulate_grad_batches=accumulate, **more)
+        run.fit(lit(schedule="cosine"), make(), ckpt_path=start)
+        return watch.rates
+
+    paths = [tmp_path / f"{k}.ckpt" for k in range(3)]
+    found = [*fit(None, paths[0], 6, 1)[:6], *fit(paths[0], paths[1], 7, 3)[:1], *fit(paths[1], paths[2], 9, 1)]
+    places = [k / 12 for k in (0, 1, 2, 3, 4, 5, 6, 9, 10, 11)]  # in epochs; where steps end the run, it is in steps
+    places = [k / 9 for k in range(9)] if more else places
+    assert found == pytest.approx([0.02 * (0.5 + 0.5 * math.cos(math.pi * place)) for place in places])
 
 
 @pytest.mark.usefixtures("forks")

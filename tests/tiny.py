@@ -32,15 +32,15 @@ def settings(
     posterior: str = "normal",
     **prior: Any,
 ) -> dict[str, Any]:
-    """A `model` section, of a flat code or of maps; `prior` overrides its settings. `grey` and `dropout` are for maps,
-    `posterior` is for a flat code."""
+    """A `model` section, of a flat code or of maps; `prior` overrides its settings. `grey` is for maps, `posterior`
+    for a flat code."""
     flow = {"depth": 2, "width": 12, "scale": True}
     encoder: dict[str, Any] = {"widths": [4, 6]}
-    decoder = {"receptive_field": window, "features": 5, "width": 8, "depth": 2, **encoder}
+    decoder = {"receptive_field": window, "features": 5, "width": 8, "depth": 2, "dropout": dropout, **encoder}
     if isinstance(code, list):
         flow["receptive_field"] = "3x2"
         encoder["blocks"] = [1, 1]
-        decoder |= {"blocks": [1, 1], "grey": grey, "dropout": dropout}
+        decoder |= {"blocks": [1, 1], "grey": grey}
         names = "MapEncoder", "ConvAFPrior", "MapPixelCNN"
     else:
         for part in (encoder, decoder):

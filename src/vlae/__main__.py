@@ -83,7 +83,7 @@ def main() -> None:
     text = "what shipped weights were trained on, if not what they are named after"
     named.add_argument("--data", metavar="NAME", help=text)
     text = "train, validation, test (default), or pictures of the model's size: files, folders, .npy, .npz"
-    images.add_argument("sources", nargs="*", default=["test"], metavar="IMAGES", help=text)
+    images.add_argument("sources", nargs="*", metavar="IMAGES", help=text)
     seeded.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
 
     def add(name: str, text: str, *parents: argparse.ArgumentParser, output: str = "") -> argparse.ArgumentParser:
@@ -120,11 +120,13 @@ def main() -> None:
     command.add_argument("--likely", action="store_true", help=text)
     command = add("export", "weights in half precision with a card and test figures")
     command.add_argument("name", metavar="NAME", help="of weights/NAME.safetensors")
-    arguments, more = parser.parse_known_args()
-    if more and not (hasattr(arguments, "overrides") and all("=" in text and text[0] != "-" for text in more)):
+    arguments, more = parser.parse_known_args()  # `more`: also what may be named again and stands behind an option
+    if hasattr(arguments, "sources"):
+        known, arguments.sources = True, [*arguments.sources, *more] or ["test"]
+    elif known := hasattr(arguments, "overrides") and all("=" in text for text in more):
+        arguments.overrides += more
+    if more and (not known or any(text.startswith("-") for text in more)):
         parser.error(f"unknown: {' '.join(more)}")
-    if more:
-        arguments.overrides += more  # those that stand behind an option
     try:
         arguments.call(arguments)  # imports come there, so that --help does not wait for torch
     except (ValueError, OSError, FloatingPointError) as error:

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int64, Integer
 from torch import Tensor
 
 from vlae.layers import normal_log_prob
-from vlae.model import VLAE
+from vlae.model import VLAE, evaluating
 
 
 class Codes(NamedTuple):
@@ -19,7 +19,7 @@ class Codes(NamedTuple):
     rate: Float[Tensor, "B"]
 
 
-@torch.no_grad()
+@evaluating
 def encode(model: VLAE, x: Integer[Tensor, "B C H W"], eps: Float[Tensor, "K B D"], batch: int = 500) -> Codes:
     """The codes of images; `eps` ~ N(0, 1) gives the K draws by which their rate is averaged. On the CPU.
 

@@ -2,12 +2,14 @@
 
 import json
 import math
+import os
 import shlex
 import sys
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,7 @@ from vlae.datasets import SETS, Part, Splits
 from vlae.evaluation import CHUNK, estimates, refuse_other
 from vlae.evaluation import evaluate as score
 from vlae.experiment import evaluated, images_for, kept, prepare, quiet
-from vlae.folder import alike, store
+from vlae.folder import alike, store, vacant
 from vlae.gallery import PICTURES, draw, plot
 from vlae.model import VLAE, load, save
 from vlae.records import commit, whole, write
@@ -43,7 +45,8 @@ def opened(run: str, data: str | None = None, allow: Sequence[str] = ()) -> tupl
         ValueError: for a damaged file, an unknown data set, or a run that needs other packages.
     """
     path, packages = Path(run), ("vlae.", *allow)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # a rank's own, under torchrun
+    device = torch.device(gpu if torch.cuda.is_available() else "cpu")
     if not path.is_dir() and path.suffix != ".ckpt":
         names, name = [dataset.__name__ for dataset in SETS], data or path.stem
         if data and data not in names:
@@ -97,11 +100,12 @@ def evaluate(
     score(model, images, split, samples, batch, folder, {"command": line()}, part)
 
 
-def shown(model: VLAE, images: Images | None, run: str, sources: Sequence[str]) -> Part:
+def shown(model: VLAE, images: Images | None, run: str, sources: Sequence[str], exact: bool = False) -> Part:
     """A split of the model's data set, or pictures of exactly the model's size: files, folders of them, arrays.
 
     Raises:
-        ValueError: if a source is none of these, or the pictures do not fit the model.
+        ValueError: if a source is none of these, or the pictures do not fit the model; with `exact`, if they have other
+            values than it knows.
     """
     if len(sources) == 1 and sources[0] in Splits._fields[:3]:
         images = given(images, run)
@@ -111,7 +115,7 @@ def shown(model: VLAE, images: Images | None, run: str, sources: Sequence[str]) 
         if not Path(source).exists():
             splits = ", ".join(Splits._fields[:3])
             raise ValueError(f"{source}: neither {splits} alone nor a file or folder of pictures")
-    return Part(alike([*map(Path, sources)], model.decoder.shape, model.likelihood.levels))
+    return Part(alike([*map(Path, sources)], model.decoder.shape, model.likelihood.levels, exact))
 
 
 def place(folder: Path, output: Path | None) -> Path:
@@ -184,7 +188,8 @@ def compress(
     `portable` computes in float64, whose last bits, where processors differ, next to never decide a symbol.
     """
     begun, (model, images, folder) = time.time(), opened(run, data, allow)
-    x, output = shown(model, images, run, sources).images, output or folder / f"{Path(sources[0]).stem}.vlae"
+    x = shown(model, images, run, sources, exact=not lossy).images
+    output = output or folder / f"{Path(sources[0]).stem}.vlae"
     if samples < 1:
         raise ValueError(f"samples={samples}: must be at least 1")
     if output.is_dir():
@@ -222,6 +227,7 @@ def decompress(run: str, allow: Sequence[str], file: Path, seed: int, likely: bo
     """The images of a file as .npz or a folder of PNGs; of a lossy one drawn by a seed, or the most likely."""
     model, _, _ = opened(run, None, allow)
     packed, output = file.read_bytes(), output or file.with_suffix(".npz")
+    vacant(output)
     try:
         about, _ = unpack(packed)
         lossy = about.kind == "lossy"
@@ -256,10 +262,14 @@ def export(run: str, allow: Sequence[str], name: str) -> None:
     config, trained = settings(folder / "config.json", allow), json.loads((folder / "metrics.json").read_text())
     asked, images, model = prepare(config)
     packages = ("vlae.", *allow)
-    save(load(kept(folder), packages), path)
-    model.model.load_state_dict(load(path, packages).state_dict())
     trainer = Trainer(devices=1, logger=False, use_distributed_sampler=False, enable_checkpointing=False)
-    metrics = dict(trainer.test(model, images, verbose=False)[0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent) as place:  # older weights stay until these are measured
+        new = Path(place, path.name)
+        save(load(kept(folder), packages), new)
+        model.model.load_state_dict(load(new, packages).state_dict())
+        metrics = dict(trainer.test(model, images, verbose=False)[0])
+        new.replace(path)
     metrics["independent_pixels/bits_per_dim"] = independent_pixels(images.splits)
     record = {
         "name": f"{name}_weights",

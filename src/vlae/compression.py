@@ -24,7 +24,7 @@ from vlae.codec import Codec
 from vlae.container import CodecError, Header, pack, unpack
 from vlae.evaluation import digest
 from vlae.lossy import choose, codes, likely
-from vlae.model import VLAE
+from vlae.model import VLAE, evaluating
 from vlae.sampling import decode
 
 BATCH = 64  # images at once; fixed, so that no file can ask for memory
@@ -134,15 +134,17 @@ def checksum(about: Header, content: bytes) -> int:
     return zlib.crc32(content, zlib.crc32(str(about._replace(content=0)).encode()))
 
 
+@evaluating
 def compress(model: VLAE, x: Integer[Tensor, "N C H W"], lossy: int = 0) -> bytes:
     """A file that `decompress` makes the images of, with the same model on a machine that computes alike.
 
     Bits come back among images, so that a few of them may take less with codes rounded to the grid that makes them
     shortest, and paid for: two parts, code and pixels. `lossy` keeps nothing but the code, in so many bytes an image,
-    with any model on any machine (see `vlae.lossy`).
+    with any prior on any machine (see `vlae.lossy`).
 
     Raises:
-        ValueError: for no images, images that the model is not for, a prior with scales, or no code to keep.
+        ValueError: for no images, images that the model is not for, a prior with scales, a posterior with a flow, or no
+            code to keep.
         FloatingPointError: for a model whose codes or pixels are not finite.
     """
     if not len(x):
@@ -182,6 +184,7 @@ def encoded(model: VLAE, x: Integer[Tensor, "N C H W"], kind: str) -> bytes:
     return pack(about._replace(content=checksum(about, x.cpu().numpy().astype(np.uint8).tobytes())), packed)
 
 
+@evaluating
 def decompress(model: VLAE, data: bytes, uniform: Float[Tensor, "N C H W"] | None = None) -> UInt8[Tensor, "N C H W"]:
     """The images of a file. Of a lossy one, pixels drawn at `uniform` in [0, 1), by default the most likely ones.
 

@@ -24,10 +24,14 @@ class Batch(NamedTuple):
     number: int
 
 
+def seed_of(*key: int | str) -> int:
+    """A seed as a function of a key such as ("order", seed, epoch): other keys, unrelated streams."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest())
+
+
 def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """Noise as a function of a key such as ("order", seed, epoch): other keys, unrelated streams."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest))
+    """Noise as a function of a key."""
+    return torch.Generator(device).manual_seed(seed_of(*key))
 
 
 def draw(grey: UInt8[Tensor, "*N"], uniform: Tensor) -> UInt8[Tensor, "*N"]:

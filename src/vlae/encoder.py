@@ -19,7 +19,10 @@ class Normal(NamedTuple):
     log_scale: Float[Tensor, "B D"]
 
     def rsample_with_log_prob(self, eps: Float[Tensor, "B D"]) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B"]]:
-        """z = mean + scale * eps and log q(z | x) in nats, differentiable in mean and scale."""
+        """z = mean + scale * eps and log q(z | x) in nats, differentiable in mean and scale. ValueError for noise of
+        another shape, which would be spread over the code."""
+        if eps.shape != self.mean.shape:
+            raise ValueError(f"noise of shape {tuple(eps.shape)} for codes of shape {tuple(self.mean.shape)}")
         return self.mean + self.log_scale.exp() * eps, normal_log_prob(eps) - self.log_scale.sum(1)
 
     def repeat(self, k: int) -> "Normal":

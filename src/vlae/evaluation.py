@@ -22,10 +22,11 @@ from torch import Tensor
 
 from vlae.data import Images, generator
 from vlae.datasets import Splits
-from vlae.model import VLAE, Terms
+from vlae.model import VLAE, Terms, evaluating
 from vlae.records import commit, hardware, write
 
 BLOCK = 128  # samples whose noise is drawn together, so that a pass of any size sees the same noise
+PARTS = "evaluate.[0-9]*.part"  # of each rank, what it has found
 CHUNK = {"cpu": 16, "cuda": 4096}  # rows a pass: what a processor's cache holds, what fills a GPU
 
 
@@ -38,7 +39,7 @@ class Estimate(NamedTuple):
     distortion: Float[Tensor, "B"]
 
 
-@torch.no_grad()
+@evaluating
 def log_likelihood(model: VLAE, x: Integer[Tensor, "B C H W"], noise: Iterable[Tensor]) -> Estimate:
     """log of the mean of the weights p(x, z) / q(z | x) over K codes from q: at most log p(x) in expectation, and
     rising to it with K (Burda et al. 2016, equation 8). Effective sample size: (sum w)^2 / sum w^2.
@@ -113,7 +114,7 @@ def estimates(
         about = {"samples": samples, "key": list(key), "images": digest(x, numbers)}
         about["weights"] = digest(*model.state_dict().values())
         about["model"] = model.description
-        for file in folder.glob("evaluate.*.part"):
+        for file in folder.glob(PARTS):
             values, done = resumed(file, about, values, done)
     saved = time.monotonic()
     groups = torch.arange(len(x))[rank::world].split(together)
@@ -233,8 +234,9 @@ def evaluate(
         }
         record |= {"binarisation": images.binarisation, "seed": images.seed, "samples": samples, "images": len(x)}
         record |= {"wall_s": round(time.time() - begun, 1), "metrics": metrics}
+        refuse_loss(folder / "evaluate.json", split, samples, len(x))  # of an evaluation that ended meanwhile
         write(folder / "evaluate.json", record)
-        for file in folder.glob("evaluate.*.part"):
+        for file in folder.glob(PARTS):
             file.unlink()
         table = Table("", split, "", title_justify="left")
         for name, (value, digits, unit) in figures.items():

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, Timer
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -121,8 +121,10 @@ def trainer_for(asked: Settings, images: Images, folder: Path, loggers: list[Tra
     if scored:
         callbacks.append(Best(place))
     log = Log(folder)
-    # or on SIGUSR1 Lightning would save a file of its own, and test those weights
-    plugins: list[Any] = [WholeFiles(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])]
+    plugins: list[Any] = [WholeFiles()]
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():  # which may run inside a job of SLURM's
+        # or on SIGUSR1 Lightning would save a file of its own, and test those weights
+        plugins.append(SLURMEnvironment(auto_requeue=False))
     ours: dict[str, Any] = {"logger": [log, *loggers], "callbacks": callbacks, "plugins": plugins}
     ours |= {"use_distributed_sampler": False, "default_root_dir": folder}
     check(Trainer, asked.trainer, "trainer", supplied=ours)
@@ -137,6 +139,11 @@ def trainer_for(asked: Settings, images: Images, folder: Path, loggers: list[Tra
     for name in ("max_steps", "max_epochs"):
         if getattr(trainer, name) == 0:
             raise ValueError(f"trainer.{name}=0: nothing would be trained; at least 1, or -1 for no end")
+    every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs or -1
+    if scored and every and epochs > 0 and epochs % every:
+        left = f"the last {epochs % every} epochs are not validated, so their weights cannot be the best"
+        left = left if epochs > every else "nothing is validated, and the last weights count"
+        warnings.warn(f"trainer.max_epochs={epochs} with trainer.check_val_every_n_epoch={every}: {left}", stacklevel=2)
     if settings.get("fast_dev_run"):
         raise ValueError("trainer.fast_dev_run: leaves nothing to test; use trainer.max_steps=2")
     if trainer.precision not in PRECISIONS:
@@ -245,6 +252,7 @@ def run(config: dict[str, Any], folder: Path, command: str) -> dict[str, float]:
             for logger in loggers:
                 conclude(logger, metrics, kept(folder))
             write(folder / "metrics.json", metrics)
+            (folder / "failed.json").unlink(missing_ok=True)  # of who tried to start it meanwhile
             drawn = ", ".join(sorted(path.name for path in folder.glob("*.png")))
             show(metrics, f"{folder}: {drawn}, {left}")
     return metrics

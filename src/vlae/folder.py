@@ -113,11 +113,14 @@ def pictures(
         return list(tqdm(pool.map(one, files), "reading", len(files), unit="picture", delay=2, disable=None))
 
 
-def alike(sources: Sequence[Path], shape: tuple[int, int, int], levels: int) -> Integer[Tensor, "N C H W"]:
+def alike(
+    sources: Sequence[Path], shape: tuple[int, int, int], levels: int, exact: bool = False
+) -> Integer[Tensor, "N C H W"]:
     """Images of exactly the shape (C, H, W) from pictures, folders of them and arrays, in the order of the sources.
 
-    The values of a picture are merged into `levels`; those of an .npy or .npz (its array `images`, or its only one)
-    are integers, [N H W] or [N C H W], and stay as they are.
+    The values of a picture are merged into `levels`, and colours into grey where C is 1; `exact` refuses what `store`
+    would not write as it was. Those of an .npy or .npz (its array `images`, or its only one) are integers, [N H W] or
+    [N C H W], and stay as they are.
 
     Raises:
         ValueError: names the first file that has another size or cannot be read.
@@ -129,8 +132,14 @@ def alike(sources: Sequence[Path], shape: tuple[int, int, int], levels: int) -> 
             return array(source, shape)
         files = [source] if source.is_file() else listed(source)
         found = [picture(path, height, width, 1 if channels == 1 else 3, exact=True) for path in files]
-        x = np.stack([np.atleast_3d(one).transpose(2, 0, 1) for one in found])
-        return torch.from_numpy((x.astype(int) * levels // 256).astype(np.uint8))
+        x = torch.from_numpy(np.stack([np.atleast_3d(one).transpose(2, 0, 1) for one in found]))
+        x = (x.long() * levels // 256).to(torch.uint8)
+        for path, written in zip(files, shades(x, levels) if exact else (), strict=exact):
+            whole = torch.tensor(picture(path, height, width, 3, exact=True)).movedim(2, 0)
+            if (whole != written).any():
+                kind = f"{levels} levels of {'grey' if channels == 1 else 'each colour'}"
+                raise ValueError(f"{path}: other values than the model's {kind}; an .npy of 0 to {levels - 1} is exact")
+        return x
 
     return torch.cat([images(source) for source in sources])
 
@@ -150,24 +159,34 @@ def array(path: Path, shape: tuple[int, int, int]) -> Integer[Tensor, "N C H W"]
     return torch.from_numpy(x.astype(np.uint8))
 
 
+def shades(x: UInt8[Tensor, "N C H W"], levels: int) -> UInt8[Tensor, "N C H W"]:
+    """0..levels-1 as 0..255, rounded up, or some would be read back as the level below."""
+    return (-(-255 * x.long() // (levels - 1))).to(torch.uint8)
+
+
+def vacant(output: Path) -> None:
+    """ValueError unless `output` is a new file or folder, or an empty folder."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output={output}: is there already; a new .npz or a new folder is needed")
+
+
 def store(x: UInt8[Tensor, "N C H W"], levels: int, output: Path) -> None:
     """Writes images so that `alike` reads them back: an .npz with the array `images`, or a new folder of PNG files.
 
     Raises:
-        ValueError: for a folder that holds something, or images that a PNG cannot hold.
+        ValueError: for a file or a folder that holds something, or images that a PNG cannot hold.
     """
+    vacant(output)
     if output.suffix == ".npz":
         with whole(output) as part, part.open("wb") as file:
             np.savez_compressed(file, images=x.numpy())
         return
     if x.shape[1] not in (1, 3):
         raise ValueError(f"--output={output}: pictures are grey or colour, and these have {x.shape[1]} channels; .npz")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output={output}: is there already; an .npz or a new folder is needed")
     output.mkdir(parents=True, exist_ok=True)
-    shades = -(-255 * x.long() // (levels - 1))  # rounded up, or some would be read back as the level below
-    for number, image in enumerate(shades.to(torch.uint8).movedim(1, 3).numpy()):
-        Image.fromarray(image.squeeze(2) if x.shape[1] == 1 else image).save(output / f"{number:05}.png")
+    digits = max(5, len(str(len(x) - 1)))  # of equal length, or names would not be in order
+    for number, image in enumerate(shades(x, levels).movedim(1, 3).numpy()):
+        Image.fromarray(image.squeeze(2) if x.shape[1] == 1 else image).save(output / f"{number:0{digits}}.png")
 
 
 def drawn(equal: list[str], validation: float, test: float, seed: int) -> np.ndarray:

@@ -49,8 +49,8 @@ RANKS = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", 
 def named(overrides: Iterable[str]) -> str:
     """A folder's name from what was asked for."""
     name = ",".join(sorted(text.lstrip("+~") for text in overrides)).replace("/", "%")
-    if len(name) > 120:
-        name = f"{name[:110]}~{blake2b(name.encode(), digest_size=4).hexdigest()}"
+    if len(name.encode()) > 120:  # bytes are what a file system counts
+        name = f"{name.encode()[:110].decode(errors='ignore')}~{blake2b(name.encode(), digest_size=4).hexdigest()}"
     return name or "default"
 
 
@@ -189,8 +189,9 @@ def show_jobs(folder: Path) -> None:
 
 
 @contextmanager
-def gpus(count: int) -> Iterator[dict[str, str]]:
-    """Waits for `count` GPUs of this machine that no other job of ours holds; the environment that shows no others.
+def gpus(count: int, stop: Path) -> Iterator[dict[str, str]]:
+    """Waits for `count` GPUs (-1: all) of this machine that no other job of ours holds, or for the file `stop`; the
+    environment that shows no others.
 
     Shows all where there are fewer than that.
     """
@@ -198,7 +199,8 @@ def gpus(count: int) -> Iterator[dict[str, str]]:
     ids = [*filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", all_of_them).split(","))]
     with ExitStack() as held:
         free: list[str] = []
-        while len(free) < count <= len(ids):
+        count = len(ids) if count == -1 else count
+        while len(free) < count <= len(ids) and not stop.exists():
             free, attempt = [], held.enter_context(ExitStack())
             for each in ids:
                 lock = FileLock(Path(tempfile.gettempdir()) / f"vlae-{os.getuid()}-gpu-{each.replace('/', '-')}.lock")
@@ -269,6 +271,7 @@ def start(line: list[str], config: dict[str, Any], folder: Path) -> float:
     """
     done, stop = folder / "metrics.json", folder.parent / STOP
     if done.exists() and same(json.loads((folder / "config.json").read_text()), config):
+        (folder / "failed.json").unlink(missing_ok=True)  # of other settings that were tried since
         print(f"{folder.name}: finished before", flush=True)
     elif stop.exists():
         return math.inf
@@ -278,9 +281,11 @@ def start(line: list[str], config: dict[str, Any], folder: Path) -> float:
         mine = [f"folder={quoted(folder)}", f"wandb.group={quoted(config['wandb']['group'])}", "hydra.mode=RUN"]
         mine += ["trainer.enable_progress_bar=false", f"record={quoted(config['record'])}" if config["record"] else ""]
         environment = {key: value for key, value in os.environ.items() if not key.startswith(RANKS)}
-        devices = config["trainer"]["devices"]
+        devices = {"auto": -1, "-1": -1}.get(str(config["trainer"]["devices"]), config["trainer"]["devices"])
         count = devices if isinstance(devices, int) and config["trainer"]["accelerator"] != "cpu" else 0
-        with gpus(count) as shown, (folder / "output.log").open("a+", errors="replace") as output:
+        with gpus(count, stop) as shown, (folder / "output.log").open("a+", errors="replace") as output:
+            if stop.exists():
+                return math.inf
             print(f"{folder.name}: started, {output.name}", flush=True)
             begun, where = time.time(), output.seek(0, os.SEEK_END)
             # a group of its own, or Ctrl-C would come twice

@@ -6,9 +6,11 @@ wave.
 """
 
 import json
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from jaxtyping import Float, Integer
@@ -19,6 +21,9 @@ from torch import Tensor, nn
 from vlae.encoder import IAF, Normal
 from vlae.layers import normal_log_prob
 from vlae.schema import construct, fits
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Terms(NamedTuple):
@@ -81,6 +86,23 @@ class VLAE(nn.Module):
     def forward(self, x: Integer[Tensor, "B C H W"], eps: Float[Tensor, "B D"]) -> Terms:
         """One-sample ELBO of each image, for noise `eps` ~ N(0, 1)."""
         return self.terms(x, *self.encode(x).rsample_with_log_prob(eps))
+
+
+def evaluating(function: Callable[Concatenate[VLAE, P], T]) -> Callable[Concatenate[VLAE, P], T]:
+    """A function of a trained model without gradients, and without dropout where the model is training still."""
+
+    @wraps(function)
+    def called(model: VLAE, *arguments: P.args, **settings: P.kwargs) -> T:
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            with torch.no_grad():
+                return function(model, *arguments, **settings)
+        finally:
+            for module in training:
+                module.training = True
+
+    return called
 
 
 def build(model: dict[str, Any], shape: tuple[int, int, int], levels: int, allow: tuple[str, ...] = ("vlae.",)) -> VLAE:

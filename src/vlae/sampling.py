@@ -8,7 +8,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from vlae.layers import small_steps
-from vlae.model import VLAE
+from vlae.model import VLAE, evaluating
 from vlae.window import waves
 
 Choose = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -28,7 +28,7 @@ def scan(model: VLAE, h: Float[Tensor, "b F H W"], choose: Choose, batch: int) -
     return x
 
 
-@torch.no_grad()
+@evaluating
 def decode(model: VLAE, z: Float[Tensor, "B D"], uniform: Float[Tensor, "B C H W"]) -> Int[Tensor, "B C H W"]:
     """Pixels drawn from p(x | z) at `uniform` in [0, 1); ValueError for another shape than the model's images have."""
     if uniform.shape != (len(z), *model.decoder.shape):
@@ -38,12 +38,13 @@ def decode(model: VLAE, z: Float[Tensor, "B D"], uniform: Float[Tensor, "B C H W
     return scan(model, h, lambda params, i, j: model.likelihood.sample(params, uniform[:, :, i, j]), len(z))
 
 
+@evaluating
 def sample(model: VLAE, eps: Float[Tensor, "B D"], uniform: Float[Tensor, "B C H W"]) -> Int[Tensor, "B C H W"]:
     """Images from the model: codes from `eps` ~ N(0, 1), pixels from `uniform`."""
     return decode(model, model.prior.inverse(eps), uniform)
 
 
-@torch.no_grad()
+@evaluating
 def reconstruct(
     model: VLAE, x: Integer[Tensor, "B C H W"], eps: Float[Tensor, "B D"], uniform: Float[Tensor, "B C H W"]
 ) -> Int[Tensor, "B C H W"]:
@@ -52,7 +53,7 @@ def reconstruct(
     return decode(model, z, uniform)
 
 
-@torch.no_grad()
+@evaluating
 def interpolate(
     model: VLAE,
     start: Float[Tensor, "B D"],
@@ -68,7 +69,7 @@ def interpolate(
     return x.unflatten(0, (len(start), len(along)))
 
 
-@torch.no_grad()
+@evaluating
 def complete(
     model: VLAE,
     x: Integer[Tensor, "B C H W"],

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from vlae.data import Batch, generator
+from vlae.data import Batch, generator, seed_of
 from vlae.model import VLAE, Terms, build
 from vlae.muon import Muon
 from vlae.objective import Objective
@@ -77,7 +77,7 @@ class Optimization:
         kind = {"adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW}[self.name]
         return kind(module.parameters(), lr=self.lr, weight_decay=self.weight_decay)
 
-    def factor(self, step: int, steps: float) -> float:
+    def factor(self, step: float, steps: float) -> float:
         """Share of `lr` at one of `steps` optimiser steps."""
         done = min(1.0, step / max(1, steps))
         end = {"constant": 1.0, "cosine": 0.5 + 0.5 * math.cos(math.pi * done), "linear": 1 - done}[self.schedule]
@@ -123,6 +123,7 @@ class LitVLAE(LightningModule):
         self.broken: Tensor | None = None
         self.row: dict[str, Tensor] = {}  # to be logged with the step
         self.scores: dict[str, float] = {}  # of the latest validation
+        self.begun: dict[str, float] | None = None  # where in its schedule a run was that goes on
         if compile:  # in place, so that the names of the weights stay
             self.model.compile()
 
@@ -150,8 +151,22 @@ class LitVLAE(LightningModule):
         optimizer = self.optimization.optimizer(self.model)
         self.refuse_endless(self.trainer)
         steps = float(self.trainer.estimated_stepping_batches)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.optimization.factor(step, steps))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: self.optimization.factor(self.place(step), steps)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+
+    def place(self, step: int) -> float:
+        """Where in its schedule a run is: at `step`, but for one that went on with more or fewer steps an epoch."""
+        if self.begun is None:
+            return float(step)
+        by_epochs = self.trainer.estimated_stepping_batches != self.trainer.max_steps
+        longer = self.steps_per_epoch / self.begun["steps_per_epoch"] if by_epochs else 1
+        return self.begun["place"] * longer + step - self.begun["step"]
 
     def figures(self, split: str, rate: Tensor, distortion: Tensor) -> dict[str, Tensor]:
         """The contract's metrics of a split from mean rate and distortion in nats."""
@@ -165,6 +180,8 @@ class LitVLAE(LightningModule):
         noise = generator("eps", self.seed, batch.number, device=self.device)
         size = (self.trainer.world_size, len(batch.x), self.code)
         eps = torch.randn(size, generator=noise, device=self.device)[self.trainer.global_rank]
+        # dropout draws from the global generator, which no checkpoint holds and which is alike on all ranks
+        torch.manual_seed(seed_of("dropout", self.seed, batch.number, self.trainer.global_rank))
         terms: Terms = self.model(batch.x, eps)
         loss = self.objective(terms, self.trainer.global_step, self.average)
         self.guard(terms, loss, batch.number)
@@ -222,9 +239,12 @@ class LitVLAE(LightningModule):
         scores = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
         self.scores |= {name: value for name, value in scores.items() if name.startswith("val/")}
         checkpoint["metrics"] = dict(self.scores)
+        step = self.trainer.global_step
+        place = {"step": step, "place": self.place(step), "steps_per_epoch": self.steps_per_epoch}
+        checkpoint["schedule"] = place
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.scores = checkpoint["metrics"]
+        self.scores, self.begun = checkpoint["metrics"], checkpoint.get("schedule")
 
     def evaluation_start(self, split: str) -> None:
         # one draw for the whole split: the same figures for any batch size and number of devices
