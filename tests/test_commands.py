@@ -97,6 +97,13 @@ def test_export(run: Path, call: Vlae, parts: str) -> None:
     with torch.no_grad():
         bound = -torch.stack([own(x, torch.randn(len(x), own.prior.code)).elbo.mean() for _ in range(20)]).mean()
     assert metrics["test/nelbo"] == pytest.approx(bound.item(), rel=0.01)
+    asked = ["evaluate", "weights/mine.safetensors", "--data", "digits", "--split", "validation", "--samples", "1"]
+    if "validation" in parts:
+        with pytest.raises(SystemExit, match="split=validation: the run was trained on it"):
+            call(*asked)
+    else:
+        call(*asked)
+        assert json.loads(Path("runs/mine/evaluate.json").read_text())["split"] == "validation"
     card = Path("weights/mine.md").read_text()
     assert f"Trained on the {parts} of digits" in card
     assert f"| test/nelbo | {metrics['test/nelbo']:.4f} |" in card

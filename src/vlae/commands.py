@@ -51,9 +51,11 @@ def opened(run: str, data: str | None = None, allow: Sequence[str] = ()) -> tupl
         names, name = [dataset.__name__ for dataset in SETS], data or path.stem
         if data and data not in names:
             raise ValueError(f"--data={data}: must be one of {', '.join(names)}")
+        model = load(run, packages)
         section = {"_target_": f"vlae.datasets.{name}", "root": None, "batch_size": 1, "eval_batch_size": 1}
+        section |= {"train_on_validation": model.description.get("train_on_validation", False)}
         images = images_for(section, 0, packages) if name in names else None
-        return load(run, packages).to(device), images, Path("runs") / path.stem
+        return model.to(device), images, Path("runs") / path.stem
     folder = path if path.is_dir() else path.absolute().parent.parent
     file = folder / "config.json"
     if not file.is_file():
@@ -266,7 +268,9 @@ def export(run: str, allow: Sequence[str], name: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=path.parent) as place:  # older weights stay until these are measured
         new = Path(place, path.name)
-        save(load(kept(folder), packages), new)
+        own = load(kept(folder), packages)
+        own.description["train_on_validation"] = images.train_on_validation
+        save(own, new)
         model.model.load_state_dict(load(new, packages).state_dict())
         metrics = dict(trainer.test(model, images, verbose=False)[0])
         new.replace(path)

@@ -50,7 +50,7 @@ class Terms(NamedTuple):
 class VLAE(nn.Module):
     """Variational Lossy Autoencoder (Chen et al., ICLR 2017): the code keeps what the decoder's window cannot model."""
 
-    description: dict[str, Any]  # what `build` was given, for `save`
+    description: dict[str, Any]  # what `build` was given, for `save`; whether weights saw validation images
 
     def __init__(self, encoder: nn.Module, prior: nn.Module, decoder: nn.Module, likelihood: nn.Module):
         super().__init__()
@@ -165,6 +165,7 @@ def load(path: str | Path, allow: tuple[str, ...] = ("vlae.",)) -> VLAE:
             state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
         model = build(config["model"], tuple(config["shape"]), config["levels"], allow)
         model.load_state_dict(state)
+        model.description |= {key: config[key] for key in ("train_on_validation",) if key in config}
     except UnpicklingError as error:
         raise ValueError(f"{file}: refused, as it holds more than tensors and plain types, or is damaged") from error
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, EOFError, SafetensorError) as error:
