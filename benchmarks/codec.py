@@ -162,7 +162,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     model, data, _ = opened(arguments.run)
     assert data is not None
-    model = model.to(torch.float64 if arguments.portable else torch.float32)
+    model = model.to("cpu", torch.float64 if arguments.portable else torch.float32)
     images = data.part("test").images
     x = images[torch.randperm(len(images), generator=generator("codec", arguments.seed))[: arguments.images]].long()
     about = {"data": data.dataset_name, "shape": list(data.shape), "levels": data.levels}

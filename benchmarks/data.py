@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch import Tensor
 from training import Loop, settings
 
 from vlae import datasets
@@ -46,14 +47,14 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, object]:
     assert images.train is not None
     batches, number = images.train, 0
 
-    def batch() -> None:
+    def batch() -> Tensor:
         nonlocal number
         taken = batches[number]
-        images.on_after_batch_transfer(taken._replace(x=taken.x.to(device, non_blocking=True)))
         number += 1
+        return images.on_after_batch_transfer(taken._replace(x=taken.x.to(device, non_blocking=True))).x
 
     turns = [
-        (rate(batch, arguments.seconds, device), rate(loop.step, arguments.seconds, device))
+        (rate(batch, arguments.seconds, device), rate(lambda: loop.learn(batch()), arguments.seconds, device))
         for _ in range(arguments.turns + 1)  # the first warms up
     ][1:]
     loader, step = (arguments.batch * median(turn) for turn in zip(*turns, strict=True))

@@ -42,10 +42,11 @@ def parts_of(model: VLAE, x: Tensor, eps: Tensor) -> dict[str, Part]:
     encoder, prior, decoder, likelihood = model.encoder, model.prior, model.decoder, model.likelihood
 
     def window(u: Tensor) -> Tensor:
-        return decoder.look(decoder.shown(u, decoder.neighbours))
+        with torch.autocast(u.device.type, enabled=False):
+            return decoder.look(decoder.shown(u, decoder.neighbours))
 
     def pixelwise(h: Tensor, local: Tensor) -> Tensor:
-        return decoder.head(decoder.blocks(h.flatten(2).mT + local)).mT.unflatten(2, h.shape[2:])
+        return decoder.head(decoder.blocks((h.flatten(2).mT + local).to(h.dtype))).mT.unflatten(2, h.shape[2:])
 
     with torch.no_grad():
         u = model.unit(x)
@@ -180,7 +181,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, object]:
     rates = {precision: 2 * side**3 / took[precision] for precision in ("bfloat16", "float32")}
     bandwidth = 2 * size / took["copy"]
     least = {
-        part: max(flops / rates["float32" if part == "prior" else "bfloat16"], moved / bandwidth)
+        part: max(flops / rates["float32" if part in ("prior", "window") else "bfloat16"], moved / bandwidth)
         for part, (flops, moved) in counts.items()
     }
     flops = sum(count[0] for count in counts.values())

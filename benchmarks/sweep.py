@@ -27,7 +27,7 @@ def main() -> None:
     names, lines = varied(runs), arguments.out / "jobs.jsonl"
     lines.unlink(missing_ok=True)
     for run in runs:
-        settings = {name: run.settings[name] for name in names}
+        settings = {name: run.settings.get(name) for name in names}
         data = run.settings["data._target_"].rpartition(".")[2]
         about = {"bench": "sweep", "command": arguments.command, "commit": commit(), "data": data, "settings": settings}
         emit({**about, "device": hardware(torch.device("cpu")), "metrics": run.metrics}, lines)

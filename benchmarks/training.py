@@ -16,7 +16,6 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -24,7 +23,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from vlae.data import Images, TrainingBatches, generator
-from vlae.datasets import Part, Splits, cifar10, default_root, digits, mnist_grey, mnist_static, only
+from vlae.datasets import Part, Splits, cifar10, default_root, digits, mnist_grey, mnist_static
 from vlae.experiment import Settings, quiet, trainer_for
 from vlae.records import commit, emit, hardware
 from vlae.tracking import tracked
@@ -67,8 +66,9 @@ def images_for(dataset: Callable[[Path], Splits], batch: int, seed: int) -> Imag
 
     def repeated(root: Path) -> Splits:
         splits = dataset(root)
-        copies = -(-10 * batch // len(splits.train.images))
-        return splits._replace(train=only(splits.train, np.tile(np.arange(len(splits.train.images)), copies)))
+        x, y = splits.train
+        index = torch.arange(len(x)).repeat(-(-10 * batch // len(x)))
+        return splits._replace(train=Part(x[index], None if y is None else y[index]))
 
     return Images(repeated, root=None, batch_size=batch, eval_batch_size=batch, seed=seed)
 
@@ -176,7 +176,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, object]:
             trainer = trainer_for(Settings(**config), images, folder, loggers)
             trainer.callbacks.append(turns)  # type: ignore[attr-defined]
             trainer.fit(model, images)
-    pairs = list(zip(turns.lightning, turns.bare, strict=True))[2:]
+    pairs = list(zip(turns.lightning[1:], turns.bare, strict=False))[1:]  # neighbours, either of them first in turn
     lightning, bare = (batch * median(turn) for turn in zip(*pairs, strict=True))
     return {
         "bench": "training",

@@ -157,7 +157,7 @@ def main() -> None:
     if images is None or images.shape[0] != 3:
         parser.error(f"{first}: not a run on images of three channels")
     for (_, own, folder), mine in zip(found, settings, strict=True):
-        if other := {key for key, _ in mine.items() ^ settings[0].items()} - WINDOW:
+        if other := {key for key in {*mine, *settings[0]} if mine.get(key) != settings[0].get(key)} - WINDOW:
             parser.error(f"{folder}: differs from {first} in {', '.join(sorted(other))}, not in its window alone")
         same = own and (own.dataset_name, own.train_on_validation) == (images.dataset_name, images.train_on_validation)
         if not same:

@@ -21,7 +21,7 @@ from PIL import Image
 from small import CPU, DIGITS, ROOT, TINY, command, config, overrides, write_files
 
 from vlae import build
-from vlae.datasets import Splits
+from vlae.datasets import Splits, digits
 from vlae.experiment import prepare, run, trainer_for
 from vlae.launch import UNNAMED, lasting, named
 from vlae.records import RESUMABLE, commit
@@ -395,3 +395,15 @@ def test_images_are_counted_where_accumulation_leaves_a_rest(here: Path) -> None
     command(*DIGITS, *settings)
     metrics = json.loads(Path("run/metrics.json").read_text())
     assert (metrics["steps"], metrics["images_seen"]) == (6, 2400)
+
+
+@pytest.mark.parametrize("batch", [4, 64, 300])
+def test_images_of_a_benchmark_are_those_of_the_set_repeated(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    made = run_path(str(ROOT / "benchmarks" / "training.py"))
+    plain, (x, y) = digits(Path()).train, made["images_for"](digits, batch, 0).splits.train
+    assert len(x) >= 10 * batch
+    assert len(x) % len(plain.images) == 0
+    copies = len(x) // len(plain.images)
+    assert torch.equal(x, torch.cat([plain.images] * copies))
+    assert torch.equal(y, torch.cat([plain.labels] * copies))
