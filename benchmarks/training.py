@@ -117,7 +117,7 @@ class Loop:
 
 class Turns(Callback):
     """Ends of steps are compared with ends of steps: a turn of Lightning holds all that it does between two, epochs'
-    ends too. The loop has two turns after every second one of Lightning. The first two of each warm up.
+    ends too. The loop has two turns after every second one of Lightning. The first two pairs warm up.
     """
 
     def __init__(self, loop: Loop, seconds: float, turns: int) -> None:
@@ -137,7 +137,7 @@ class Turns(Callback):
         self.lightning.append((trainer.global_step - self.number) / (time.perf_counter() - self.begun))
         if len(self.lightning) % 2 == 0:  # Lightning, loop, loop, Lightning, ...
             self.bare += [self.turn(), self.turn()]
-            trainer.should_stop = len(self.bare) >= self.turns + 2
+            trainer.should_stop = len(self.bare) >= self.turns + 3
         self.begun, self.number = time.perf_counter(), trainer.global_step
 
     def turn(self) -> float:
@@ -176,7 +176,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, object]:
             trainer = trainer_for(Settings(**config), images, folder, loggers)
             trainer.callbacks.append(turns)  # type: ignore[attr-defined]
             trainer.fit(model, images)
-    pairs = list(zip(turns.lightning[1:], turns.bare, strict=False))[1:]  # neighbours, either of them first in turn
+    pairs = list(zip(turns.lightning[1:], turns.bare, strict=False))[2:]  # neighbours, either of them first in turn
     lightning, bare = (batch * median(turn) for turn in zip(*pairs, strict=True))
     return {
         "bench": "training",

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shlex
 import sys
 import time
@@ -24,7 +23,7 @@ from vlae.container import CodecError, unpack
 from vlae.dashboard import show
 from vlae.data import Images, generator, independent_pixels
 from vlae.datasets import SETS, Part, Splits
-from vlae.evaluation import CHUNK, estimates, refuse_other
+from vlae.evaluation import CHUNK, estimates, own_device, refuse_other
 from vlae.evaluation import evaluate as score
 from vlae.experiment import evaluated, images_for, kept, prepare, quiet
 from vlae.folder import alike, store, vacant
@@ -45,8 +44,7 @@ def opened(run: str, data: str | None = None, allow: Sequence[str] = ()) -> tupl
         ValueError: for a damaged file, an unknown data set, or a run that needs other packages.
     """
     path, packages = Path(run), ("vlae.", *allow)
-    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # a rank's own, under torchrun
-    device = torch.device(gpu if torch.cuda.is_available() else "cpu")
+    device = own_device()
     if not path.is_dir() and path.suffix != ".ckpt":
         names, name = [dataset.__name__ for dataset in SETS], data or path.stem
         if data and data not in names:

@@ -201,8 +201,7 @@ def evaluate(
     begun_here = dist.is_torchelastic_launched() and not dist.is_initialized()
     if begun_here:
         dist.init_process_group()
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
+    device = own_device()
     samples = samples if model.prior.code else min(samples, 1)  # of an empty code all samples are equal
     chunk = CHUNK[device.type] if chunk is None else chunk
     found = estimates(model.to(device), x, (images.seed, split), samples, chunk, folder, numbers=numbers)
@@ -246,6 +245,12 @@ def evaluate(
     if begun_here:
         dist.destroy_process_group()
     return metrics
+
+
+def own_device() -> torch.device:
+    """The GPU of this process, under torchrun its rank's own, or the processor."""
+    gpu = torch.cuda.is_available()
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
 
 
 def standard_error(values: Float[Tensor, " B"]) -> float:

@@ -281,7 +281,8 @@ def start(line: list[str], config: dict[str, Any], folder: Path) -> float:
         mine = [f"folder={quoted(folder)}", f"wandb.group={quoted(config['wandb']['group'])}", "hydra.mode=RUN"]
         mine += ["trainer.enable_progress_bar=false", f"record={quoted(config['record'])}" if config["record"] else ""]
         environment = {key: value for key, value in os.environ.items() if not key.startswith(RANKS)}
-        devices = {"auto": -1, "-1": -1}.get(str(config["trainer"]["devices"]), config["trainer"]["devices"])
+        devices = config["trainer"]["devices"]
+        devices = -1 if devices in ("auto", "-1") else devices
         count = devices if isinstance(devices, int) and config["trainer"]["accelerator"] != "cpu" else 0
         with gpus(count, stop) as shown, (folder / "output.log").open("a+", errors="replace") as output:
             if stop.exists():

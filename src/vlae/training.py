@@ -239,9 +239,8 @@ class LitVLAE(LightningModule):
         scores = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
         self.scores |= {name: value for name, value in scores.items() if name.startswith("val/")}
         checkpoint["metrics"] = dict(self.scores)
-        step = self.trainer.global_step
-        place = {"step": step, "place": self.place(step), "steps_per_epoch": self.steps_per_epoch}
-        checkpoint["schedule"] = place
+        step, per_epoch = self.trainer.global_step, self.steps_per_epoch
+        checkpoint["schedule"] = {"step": step, "place": self.place(step), "steps_per_epoch": per_epoch}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.scores, self.begun = checkpoint["metrics"], checkpoint.get("schedule")
