@@ -1,7 +1,8 @@
-"""One thread, fixed seeds, and every shape in a signature of vlae checked at each call."""
+"""One thread, fixed seeds, and every shape in a signature of vlae checked at each call, but where a test is long."""
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -13,7 +14,7 @@ os.environ |= dict.fromkeys(("no_proxy", "NO_PROXY"), "127.0.0.1,localhost")
 import numpy as np
 import pytest
 import torch
-from jaxtyping import install_import_hook
+from jaxtyping import config, install_import_hook
 
 install_import_hook(["vlae"], "beartype.beartype")  # before the first import of a module of vlae
 # what a shell starts in the background ignores Ctrl-C, and so would what the tests start to interrupt it
@@ -26,6 +27,14 @@ torch.set_num_threads(1)  # tensors here are so small that threads only wait for
 def seed() -> None:
     np.random.seed(0)  # noqa: NPY002 (for libraries that still read the global state)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """No shapes are checked: of loops over pixels and codes that is half the time. Shorter tests check the same."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -66,6 +66,7 @@ def test_every_data_set_and_model_compose_and_build(data: str, model: str) -> No
         assert build(composed["model"], shape, levels).likelihood.levels == levels
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("data", YAML["data"])
 def test_every_data_set_trains(data: str, files: Path, here: Path) -> None:
     """Through its own reader, from small files in its own format."""
@@ -130,6 +131,7 @@ def test_epochs_after_the_last_validation_are_told(tmp_path: Path, epochs: int, 
     assert all(f"trainer.max_epochs={epochs} " in line and text in line for line in told)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_an_experiment_of_full_size_is_tested_and_drawn(files: Path, here: Path) -> None:
     few = ["trainer.max_steps=2", "+trainer.limit_test_batches=1", *CPU, *overrides("mnist_static", files)]
     metrics = run(config("experiment=mnist_static", *few), here / "run", "python train.py")

@@ -164,6 +164,7 @@ def test_encode_one_s_own_pictures(run: Path, call: Vlae, many: bool) -> None:
     assert "labels" not in codes
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_compress_and_decompress(run: Path, call: Vlae) -> None:
     x = digits(Path()).test.images
     out = call("compress", str(run), "-o", "new/test.vlae", "--samples", "2")
@@ -189,6 +190,7 @@ def test_compress_and_decompress(run: Path, call: Vlae) -> None:
     assert {path.name for path in Path("new").iterdir()} == {"test.vlae", "test.npz"}
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_compress_codes_alone(run: Path, call: Vlae) -> None:
     out = call("compress", str(run), "test", "--lossy", "2", "-o", "codes.vlae")
     x, found = digits(Path()).test.images, []

@@ -61,6 +61,7 @@ def small() -> VLAE:
     return model_of((1, 5, 5), 2, {"code": 3})
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_exact(kind: tuple[tuple[int, int, int], int, dict[str, Any]]) -> None:
     model = model_of(*kind).float()
@@ -92,6 +93,7 @@ def test_codes_are_drawn_near_the_mean() -> None:
     assert abs(score.std() - 1) < 0.02
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_another_processor_is_refused_or_right(tmp_path: Path) -> None:
     """Other instructions for every kernel; in float64 they do not decide a symbol."""
     code = """
@@ -135,6 +137,7 @@ def test_images_that_cost_nothing(count: int) -> None:
     assert torch.equal(decompress(model, data).long(), x)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("where", [-1e30, -40.0, 31.9999, 1e5])
 @pytest.mark.parametrize("log_scale", [-100.0, 100.0])
 def test_codes_beyond_the_ring(where: float, log_scale: float) -> None:
@@ -155,6 +158,7 @@ def test_layout_holds_all_images(count: int) -> None:
     assert all(1 <= size < BATCH for size in small)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("shape", "levels", "code", "more"),
     [((1, 13, 17), 2, 6, {}), ((3, 6, 6), 256, [2, 3, 3], {"grey": True, **MIXTURE})],
@@ -176,6 +180,7 @@ def test_length_is_the_bound(
     assert abs(bits / bound - 1) < 0.01
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_many_images_borrow_bits() -> None:
     model = load("mnist_static")
     x = sample(model, torch.randn(20, 64), torch.rand(20, 1, 28, 28))
@@ -202,6 +207,7 @@ def test_single_image_is_paid_for(small: VLAE) -> None:
     assert bits - 1 <= 8 * len(payload) <= bits + 33
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_initial_bits_are_those_of_a_few_images() -> None:
     model = model_of((1, 13, 17), 2, {"code": 8})
     x = draw(model, 1000)
@@ -460,6 +466,7 @@ def files(model: VLAE) -> dict[str, bytes]:
     return named
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("kind", KIND_NAMES)
 def test_headers_that_lie_are_refused(small: VLAE, kind: str) -> None:
     data = files(small)[kind]
@@ -488,6 +495,7 @@ def test_headers_that_lie_are_refused(small: VLAE, kind: str) -> None:
         refused(small, forged(data, wrong))
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("kind", KIND_NAMES)
 def test_absurd_sizes_take_no_memory(kind: str) -> None:
     """Of images of many bytes, where a count could do most harm."""
@@ -508,6 +516,7 @@ def test_absurd_sizes_take_no_memory(kind: str) -> None:
         tracemalloc.stop()
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_mutations_are_refused(small: VLAE) -> None:
     rng = random.Random(0)
     good = list(files(small).values())

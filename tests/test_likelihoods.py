@@ -218,6 +218,7 @@ def test_float32_agrees_with_float64(likelihood: Likelihood) -> None:
     torch.testing.assert_close(single.double(), exact, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("unchecked")
 @over_likelihoods
 def test_gradients_are_those_of_the_value(likelihood: Likelihood) -> None:
     params = parameters(likelihood, 5, size=1.0).requires_grad_()

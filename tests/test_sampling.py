@@ -120,6 +120,7 @@ def test_scan_is_raster_order_without_a_code(receptive_field: str) -> None:
     assert meets_raster_order(tiny((1, 5, 8), code=0, window=receptive_field), 4)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("receptive_field", "size", "likelihood", "channels", "levels"),
     [
@@ -155,6 +156,7 @@ def test_scan_meets_the_parameters_of_forward(receptive_field: str, code: int | 
     torch.testing.assert_close(met, model.decoder(model.unit(x), h).detach(), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("code", [0, 2, [2, 3, 4]])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("cut", [0, 2])
