@@ -3,7 +3,7 @@
     python benchmarks/tables.py mnist_static_vlae --seed 1 --samples 128     # a row, or several
     python benchmarks/tables.py mnist_static_vlae --seed 1 --images 1000     # then 4,096 samples of some images
     python benchmarks/tables.py all                                          # days on a processor
-    python benchmarks/tables.py --readme                                     # only writes the tables
+    python benchmarks/tables.py --readme             # only writes the tables, and those of results/ablations.md
 
 A row is trained by `train.py` in runs/tables/ROW_SEED, on training and validation images as the paper's are; an
 interrupted one goes on there. Training is compiled, which needs a C++ compiler; a processor without AMX may train
@@ -216,27 +216,40 @@ def ablations(file: Path, lines: list[dict[str, Any]]) -> str:
     options = "" if experiment == "mnist_static" else f"--experiment {experiment} "  # older commits lack the option
     options += f"--epochs {first['epochs']}" + ("" if precision == PRECISION else f" --precision {precision}")
     options += f" --seed {first['seed']}" if first["seed"] else ""
-    about = f"""**What the number hinges on**, the best by the bound of {first["epochs"]} epochs of the training split:
-settings changed in `experiment={experiment}` of commit {commit}, seed {first["seed"]}, {precision},
-{first["hardware"]}. Validation split, nats an image; NLL with 64 samples of the same 500 images. By
-`python benchmarks/ablations.py {options} --out {out} --changes CHANGE...`
-([lines]({out})):"""
+    about = f"""## {first["epochs"]} epochs of `experiment={experiment}`
+
+Settings changed in that experiment of commit {commit}, seed {first["seed"]}, {precision}, {first["hardware"]}. By
+
+    python benchmarks/ablations.py {options} --out {out} --changes CHANGE...
+
+([lines]({file.name})):"""
     return markdown(about, head, rows)
 
 
-def text() -> str:
-    """What stands between the two marks of README."""
+ABLATIONS = """# What the number hinges on
+
+One setting of an experiment changed at a time, equal images of the training split seen, the best epoch by the bound.
+Validation split, nats an image: *bound* is of one code an image, without free nats; *NLL* is importance-sampled, with 64
+codes for each of the same 500 images. What they say stands in the [README](../README.md). Written by
+`python benchmarks/tables.py --readme`.
+"""
+
+
+def ablated() -> str:
+    """results/ablations.md: a table for each results/ablations*.jsonl with lines."""
     files = sorted(KEPT.parent.glob("ablations*.jsonl"))
     all_lines = [(file, [json.loads(line) for line in file.read_text().splitlines()]) for file in files]
     measured = [(file, lines) for file, lines in all_lines if lines]
     sets = [*TITLES, *(lines[0]["experiment"] for _, lines in measured)]
     measured.sort(key=lambda each: (sets.index(each[1][0]["experiment"]), each[1][0]["epochs"]))
-    return "\n".join(["", *filter(None, [tables(), *(ablations(*each) for each in measured)]), ""])
+    return "\n".join([ABLATIONS, *(ablations(*each) for each in measured)])
 
 
 def write(readme: Path) -> None:
+    """README's tables, between the two marks, and those of the ablations."""
     before, _, rest = readme.read_text().partition(BEGIN)
-    readme.write_text(before + BEGIN + text() + END + rest.partition(END)[2])
+    readme.write_text(f"{before}{BEGIN}\n{tables()}\n{END}{rest.partition(END)[2]}")
+    (KEPT.parent / "ablations.md").write_text(ablated())
 
 
 def main() -> None:
