@@ -229,8 +229,8 @@ Settings changed in that experiment of commit {commit}, seed {first["seed"]}, {p
 ABLATIONS = """# What the number hinges on
 
 One setting of an experiment changed at a time, equal images of the training split seen, the best epoch by the bound.
-Validation split, nats an image: *bound* is of one code an image, without free nats; *NLL* is importance-sampled, with 64
-codes for each of the same 500 images. What they say stands in the [README](../README.md). Written by
+Validation split, nats an image: *bound* is of one code an image, without free nats; *NLL* is importance-sampled, with
+64 codes for each of the same 500 images. What they say stands in the [README](../README.md). Written by
 `python benchmarks/tables.py --readme`.
 """
 
