@@ -158,7 +158,6 @@ def test_layout_holds_all_images(count: int) -> None:
     assert all(1 <= size < BATCH for size in small)
 
 
-@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("shape", "levels", "code", "more"),
     [((1, 13, 17), 2, 6, {}), ((3, 6, 6), 256, [2, 3, 3], {"grey": True, **MIXTURE})],
