@@ -22,10 +22,10 @@ import vlae
 from vlae.codec import Codec
 from vlae.compression import BATCH, FINE, alike, compress, layout, seed
 from vlae.container import START, unpack
-from vlae.data import generator
-from vlae.experiment import images_for
+from vlae.data import images_for
 from vlae.figures import where_bits_go
 from vlae.model import VLAE
+from vlae.noise import generator
 from vlae.records import commit, emit, hardware
 from vlae.sizes import sizes
 

@@ -29,8 +29,8 @@ import torch
 from vlae.commands import opened
 from vlae.compression import BATCH, compress, decompress
 from vlae.container import MAGIC, START, CodecError, unpack
-from vlae.data import generator
 from vlae.model import VLAE
+from vlae.noise import generator
 from vlae.records import commit, emit, hardware
 from vlae.sizes import sizes
 
@@ -160,8 +160,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    model, data, _ = opened(arguments.run)
-    assert data is not None
+    model, find, _ = opened(arguments.run)
+    data = find()
     model = model.to("cpu", torch.float64 if arguments.portable else torch.float32)
     images = data.part("test").images
     x = images[torch.randperm(len(images), generator=generator("codec", arguments.seed))[: arguments.images]].long()

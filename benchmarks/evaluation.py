@@ -19,10 +19,11 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from vlae.data import Images, generator
+from vlae.data import Images
 from vlae.datasets import mnist_static
 from vlae.evaluation import BLOCK, CHUNK, estimates
 from vlae.model import VLAE, load
+from vlae.noise import generator
 from vlae.records import commit, emit, hardware
 
 

@@ -33,9 +33,9 @@ from vlae.codes import encode
 from vlae.commands import opened
 from vlae.compression import BATCH, checksum, compress, decompress
 from vlae.container import pack, unpack
-from vlae.data import generator
 from vlae.figures import captioned, grid, save
 from vlae.model import VLAE
+from vlae.noise import generator
 from vlae.records import commit, emit, hardware
 from vlae.report import STYLE
 from vlae.sampling import reconstruct
@@ -171,12 +171,11 @@ def main() -> None:
     found = [opened(run) for run in arguments.runs]
     trained = {folder: json.loads((folder / "metrics.json").read_text()) for _, _, folder in found}
     found.sort(key=lambda each: order(str(each[0].description["model"]["decoder"]["receptive_field"])))
-    images = found[0][1]
-    assert images is not None
+    images = found[0][1]()
     train, test = images.part("train"), images.part("test")
     if images.levels != 2 or train.labels is None or test.labels is None:
         parser.error(f"{images.dataset_name}: images of two levels with classes are needed")
-    if not all(each and torch.equal(each.part("test").images, test.images) for _, each, _ in found):
+    if not all(torch.equal(each().part("test").images, test.images) for _, each, _ in found):
         parser.error("the runs are of different images")
     chosen = torch.randperm(len(test.images), generator=generator("codec", arguments.seed))
     known = torch.randperm(len(train.images), generator=generator("lossy", arguments.seed, "train"))

@@ -19,10 +19,11 @@ import yaml
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from vlae.data import Images, generator
+from vlae.data import Images
 from vlae.datasets import mnist_static
 from vlae.layers import ConvBlock, MaskedLinear, PixelBlock
 from vlae.model import VLAE, build
+from vlae.noise import generator
 from vlae.records import commit, emit, hardware
 
 MODEL = yaml.safe_load((Path(__file__).parents[1] / "conf" / "model" / "binary.yaml").read_text())

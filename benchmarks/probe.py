@@ -12,7 +12,7 @@ import torch
 
 from vlae.codes import encode, linear_probe
 from vlae.commands import opened
-from vlae.data import generator
+from vlae.noise import generator
 from vlae.records import commit, emit, hardware
 
 
@@ -23,8 +23,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a file to append the lines to")
     arguments = parser.parse_args()
     for run in arguments.runs:
-        model, images, folder = opened(run)
-        assert images is not None
+        model, find, folder = opened(run)
+        images = find()
         train, test = images.part("train"), images.part("test")
         chosen = torch.randperm(len(train.images), generator=generator("probe", images.seed))[: arguments.train]
         x, y = train.images[chosen], train.labels[chosen]  # type: ignore[index]

@@ -22,9 +22,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from vlae.data import Images, TrainingBatches, generator
+from vlae.data import Images, TrainingBatches
 from vlae.datasets import Part, Splits, cifar10, default_root, digits, mnist_grey, mnist_static
 from vlae.experiment import Settings, quiet, trainer_for
+from vlae.noise import generator
 from vlae.records import commit, emit, hardware
 from vlae.tracking import tracked
 from vlae.training import LitVLAE

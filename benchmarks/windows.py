@@ -30,11 +30,11 @@ from torch import Tensor
 
 from vlae.charts import HUES, RULE
 from vlae.commands import opened
-from vlae.data import generator
 from vlae.decoder import LUMINANCE
 from vlae.evaluation import CHUNK, estimates
 from vlae.figures import captioned, grid, save
 from vlae.model import VLAE
+from vlae.noise import generator
 from vlae.records import commit, emit, flat, hardware
 from vlae.report import STYLE
 from vlae.sampling import reconstruct, sample
@@ -146,7 +146,8 @@ def main() -> None:
     arguments = parser.parse_args()
     made = {"commit": commit(), "seed": arguments.seed, "command": shlex.join(["python", *sys.argv])}
 
-    found = sorted(map(opened, arguments.runs), key=lambda each: (len(each[0].decoder.window), name(each[0])))
+    trained_on = ((model, images(), folder) for model, images, folder in map(opened, arguments.runs))
+    found = sorted(trained_on, key=lambda each: (len(each[0].decoder.window), name(each[0])))
     images, first = found[0][1:]
     settings = [flat(model.description["model"]) for model, _, _ in found]
     files = [folder / "metrics.json" for _, _, folder in found]
@@ -154,13 +155,12 @@ def main() -> None:
     seen = [each.get("images_seen") for each in trained]
     if len({*seen}) > 1:
         parser.error(f"images seen: {', '.join(map(str, seen))}; as many are needed to compare windows")
-    if images is None or images.shape[0] != 3:
+    if images.shape[0] != 3:
         parser.error(f"{first}: not a run on images of three channels")
     for (_, own, folder), mine in zip(found, settings, strict=True):
         if other := {key for key in {*mine, *settings[0]} if mine.get(key) != settings[0].get(key)} - WINDOW:
             parser.error(f"{folder}: differs from {first} in {', '.join(sorted(other))}, not in its window alone")
-        same = own and (own.dataset_name, own.train_on_validation) == (images.dataset_name, images.train_on_validation)
-        if not same:
+        if (own.dataset_name, own.train_on_validation) != (images.dataset_name, images.train_on_validation):
             parser.error(f"{folder}: trained on other images than {first}")
     test = images.part("test").images
     chosen = torch.randperm(len(test), generator=generator("windows", arguments.seed))[: arguments.images]
@@ -169,7 +169,6 @@ def main() -> None:
     text += "code kept; the rest was made up by the decoder from its window of earlier pixels"
     rows = [captioned(grid(x[:COLUMNS], images.levels, COLUMNS), text)]
     for (model, own, _), cost in zip(found, trained, strict=True):
-        assert own is not None
         figures, again, drawn = measure(model, test, chosen, own.seed, arguments.samples, arguments.seed)
         line = {
             "bench": "windows",

@@ -22,12 +22,12 @@ from tiny import tiny
 import vlae
 from vlae.codes import encode, linear_probe
 from vlae.container import unpack
-from vlae.data import generator
 from vlae.datasets import digits
 from vlae.figures import captioned, grid
 from vlae.folder import alike, store
 from vlae.gallery import PICTURES
 from vlae.model import save
+from vlae.noise import generator
 
 Vlae = Callable[..., str]
 
@@ -80,6 +80,18 @@ def test_evaluate(run: Path, call: Vlae, place: str) -> None:
     assert metrics["val/nelbo"] == pytest.approx(trained["val/nelbo"], rel=0.01)
     assert f"{metrics['val/nll']:.3f}" in out
     assert str(run / "evaluate.json") in out
+
+
+def test_a_run_opens_as_the_weights_that_count(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    for name in ("best", "last"):  # without the best on validation, the last
+        path = folder / "checkpoints" / f"{name}.ckpt"
+        weights, found = torch.load(path, weights_only=True)["state_dict"], vlae.load(folder).state_dict()
+        assert all(torch.equal(value, weights[f"model.{key}"]) for key, value in found.items())
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"last\.ckpt: no such file"):
+        vlae.load(folder)
 
 
 @pytest.mark.parametrize("parts", ["training part", "training and validation parts"])

@@ -11,8 +11,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from vlae.data import Batch, EvaluationBatches, Images, TrainingBatches, generator, independent_pixels
+from vlae.data import Batch, EvaluationBatches, Images, TrainingBatches, independent_pixels
 from vlae.datasets import Part, Splits, digits
+from vlae.noise import generator
 
 
 def toy(root: Path, levels: int = 2) -> Splits:

@@ -15,8 +15,9 @@ from small import DIGITS, ROOT, command
 from test_training import SHAPE, lit, trainer
 from torch import Tensor
 
-from vlae.data import Images, generator
+from vlae.data import Images
 from vlae.datasets import Part, Splits
+from vlae.noise import generator
 from vlae.training import Averaging
 
 

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
-    ["schema", "layers", "files", "formats", "records", "container", "sizes", "window", "muon"],
+    ["schema", "layers", "files", "formats", "records", "container", "sizes", "window", "muon", "noise"],
     ["likelihoods", "flow", "decoder", "datasets"],
     ["encoder", "prior", "stacked", "data", "folder"],
     ["model"],
@@ -20,6 +20,7 @@ FLOORS = [
     ["dashboard", "workspace", "report"],
     ["experiment", "launch"],
     ["commands"],
+    ["export"],
     ["__main__"],
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

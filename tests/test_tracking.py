@@ -18,7 +18,8 @@ from PIL import Image
 from small import DIGITS, ROOT, command, config
 from stub_server import Stub, serving
 
-from vlae.experiment import images_for, run
+from vlae.data import images_for
+from vlae.experiment import run
 from vlae.records import flat
 from vlae.tracking import run_id
 from vlae.workspace import DIALS, dashboard, log_report, workspace

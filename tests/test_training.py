@@ -18,10 +18,11 @@ from torch import Tensor
 
 import vlae
 import vlae.datasets
-from vlae.data import Images, generator
+from vlae.data import Images
 from vlae.datasets import Part, Splits
 from vlae.encoder import Encoder
 from vlae.experiment import run
+from vlae.noise import generator
 from vlae.training import Averaging, LitVLAE
 
 SHAPE = (1, 3, 5)
@@ -394,11 +395,12 @@ def test_a_record_says_what_was_measured(done: Path) -> None:
 
 
 def test_a_checkpoint_opens_alone(done: Path, tmp_path: Path) -> None:
-    """In a folder without conf/, without Hydra and Lightning."""
+    """In a folder without conf/, without Hydra and Lightning, and so does all that a trained model is for."""
     script = (
         "import sys, torch, vlae; model = vlae.load(sys.argv[1]); torch.load(sys.argv[1], weights_only=True)\n"
         "assert not model.training\n"
         "assert vlae.sample(model, torch.randn(2, 3), torch.rand(2, 1, 8, 8)).shape == (2, 1, 8, 8)\n"
+        "import vlae.commands; [getattr(vlae, name) for name in vlae.__all__ if name not in ('Images', 'LitVLAE')]\n"
         "assert not {'hydra', 'omegaconf', 'lightning', 'wandb'} & set(sys.modules)"
     )
     command = [sys.executable, "-c", script, str(done / "checkpoints" / "best.ckpt")]

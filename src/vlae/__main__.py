@@ -31,7 +31,7 @@ def composed(overrides: list[str]) -> dict[str, Any]:
 
 def data(arguments: argparse.Namespace) -> None:
     from vlae.dashboard import show_data
-    from vlae.experiment import images_for
+    from vlae.data import images_for
 
     config = composed([f"data={arguments.name}", *arguments.overrides])
     images = images_for(config["data"], config["seed"], ("vlae.", *config["allow"]))
@@ -49,6 +49,12 @@ def dashboard(arguments: argparse.Namespace) -> None:
     from vlae.workspace import dashboard
 
     dashboard(arguments.entity, arguments.project, arguments.output)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    from vlae.export import export
+
+    export(arguments.model, arguments.allow, arguments.name)
 
 
 def trained(arguments: argparse.Namespace) -> None:
@@ -120,6 +126,7 @@ def main() -> None:
     command.add_argument("--likely", action="store_true", help=text)
     command = add("export", "weights in half precision with a card and test figures")
     command.add_argument("name", metavar="NAME", help="of weights/NAME.safetensors")
+    command.set_defaults(call=export)
     arguments, more = parser.parse_known_args()  # `more`: also what may be named again and stands behind an option
     if hasattr(arguments, "sources"):
         known, arguments.sources = True, [*arguments.sources, *more] or ["test"]

@@ -1,43 +1,45 @@
-"""What `python -m vlae` does with trained models: score, draw, encode, compress, export."""
+"""What `python -m vlae` does with trained models: score, draw, encode, compress."""
 
 import json
 import math
 import shlex
 import sys
 import time
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.table import Table
 
 from vlae import compression as codec
 from vlae.codes import encode as codes_of
 from vlae.container import CodecError, unpack
-from vlae.dashboard import show
-from vlae.data import Images, generator, independent_pixels
 from vlae.datasets import SETS, Part, Splits
 from vlae.evaluation import CHUNK, estimates, own_device, refuse_other
 from vlae.evaluation import evaluate as score
-from vlae.experiment import evaluated, images_for, kept, prepare, quiet
 from vlae.folder import alike, store, vacant
 from vlae.gallery import PICTURES, draw, plot
-from vlae.model import VLAE, load, save
-from vlae.records import commit, whole, write
+from vlae.model import VLAE, load
+from vlae.noise import generator
+from vlae.records import whole
 from vlae.sizes import sizes
 
+if TYPE_CHECKING:  # Lightning takes longer to import than all else together, and not every command needs a data set
+    import vlae.data
 
-def opened(run: str, data: str | None = None, allow: Sequence[str] = ()) -> tuple[VLAE, Images | None, Path]:
-    """The model, its images and the folder for results of a run's folder, of a checkpoint in it, or of weights.
 
-    Weights do not say what they were trained on: `data` names the set, by default the one they are named after; None
-    where that is none. No code is called but vlae's and that of the packages in `allow`.
+def opened(
+    run: str, data: str | None = None, allow: Sequence[str] = ()
+) -> tuple[VLAE, Callable[[], "vlae.data.Images"], Path]:
+    """The model, a function that gives its images, and the folder for results of a run's folder, of a checkpoint in it,
+    or of weights.
+
+    Weights do not say what they were trained on: `data` names the set, by default the one they are named after; where
+    that is none the function raises ValueError. No code is called but vlae's and that of the packages in `allow`.
 
     Raises:
         FileNotFoundError: if there is no such run.
@@ -52,7 +54,7 @@ def opened(run: str, data: str | None = None, allow: Sequence[str] = ()) -> tupl
         model = load(run, packages)
         section = {"_target_": f"vlae.datasets.{name}", "root": None, "batch_size": 1, "eval_batch_size": 1}
         section |= {"train_on_validation": model.description.get("train_on_validation", False)}
-        images = images_for(section, 0, packages) if name in names else None
+        images = partial(images_of, run, section if name in names else None, 0, packages)
         return model.to(device), images, Path("runs") / path.stem
     folder = path if path.is_dir() else path.absolute().parent.parent
     file = folder / "config.json"
@@ -61,8 +63,8 @@ def opened(run: str, data: str | None = None, allow: Sequence[str] = ()) -> tupl
     if data:
         raise ValueError(f"--data={data}: {folder} was trained on its own data; leave it out")
     config = settings(file, allow)
-    images = images_for(config["data"], config["seed"], packages)
-    return load(kept(folder) if path.is_dir() else path, packages).to(device), images, folder
+    images = partial(images_of, run, config["data"], config["seed"], packages)
+    return load(path, packages).to(device), images, folder
 
 
 def settings(file: Path, allow: Sequence[str]) -> dict[str, Any]:
@@ -85,32 +87,37 @@ def line() -> str:
     return shlex.join(["python", "-m", "vlae", *sys.argv[1:]])
 
 
-def given(images: Images | None, run: str) -> Images:
-    if images is None:
+def images_of(run: str, section: dict[str, Any] | None, seed: int, packages: tuple[str, ...]) -> "vlae.data.Images":
+    from vlae.data import images_for
+
+    if section is None:
         raise ValueError(f"{run}: say by --data what it was trained on: {', '.join(one.__name__ for one in SETS)}")
-    return images
+    return images_for(section, seed, packages)
 
 
 def evaluate(
     run: str, data: str | None, allow: Sequence[str], split: str, samples: int, batch: int | None, part: int | None
 ) -> None:
     """Log-likelihood by importance sampling: a table, and evaluate.json beside the run."""
-    model, found, folder = opened(run, data, allow)
-    images = given(found, run)
-    score(model, images, split, samples, batch, folder, {"command": line()}, part)
+    model, images, folder = opened(run, data, allow)
+    score(model, images(), split, samples, batch, folder, {"command": line()}, part)
 
 
-def shown(model: VLAE, images: Images | None, run: str, sources: Sequence[str], exact: bool = False) -> Part:
+def is_split(sources: Sequence[str]) -> bool:
+    return len(sources) == 1 and sources[0] in Splits._fields[:3]
+
+
+def shown(model: VLAE, images: Callable[[], "vlae.data.Images"], sources: Sequence[str], exact: bool = False) -> Part:
     """A split of the model's data set, or pictures of exactly the model's size: files, folders of them, arrays.
 
     Raises:
         ValueError: if a source is none of these, or the pictures do not fit the model; with `exact`, if they have other
             values than it knows.
     """
-    if len(sources) == 1 and sources[0] in Splits._fields[:3]:
-        images = given(images, run)
-        refuse_other(model, images)
-        return images.part(sources[0])  # type: ignore[arg-type]
+    if is_split(sources):
+        found = images()
+        refuse_other(model, found)
+        return found.part(sources[0])  # type: ignore[arg-type]
     for source in sources:
         if not Path(source).exists():
             splits = ", ".join(Splits._fields[:3])
@@ -139,7 +146,7 @@ def reconstruct(
 ) -> None:
     """Draws, beside the run or in `output`, what codes keep of images, in every way of `vlae.gallery`."""
     model, images, folder = opened(run, data, allow)
-    part, folder = shown(model, images, run, sources), place(folder, output)
+    part, folder = shown(model, images, sources), place(folder, output)
     chosen = torch.randperm(len(part.images), generator=generator("shown", seed))[:1000]
     x = part.images[chosen].long().to(next(model.parameters()).device)
     model.encode(x[:1])  # refuses what does not fit before anything is drawn
@@ -159,8 +166,8 @@ def encode(run: str, data: str | None, allow: Sequence[str], sources: Sequence[s
     model, images, folder = opened(run, data, allow)
     path = output or folder
     path = path / "codes.npz" if path.suffix != ".npz" or path.is_dir() else path
-    part = shown(model, images, run, sources)
-    key = ("eps", images.seed, sources[0]) if images and sources[0] in Splits._fields[:3] else ("eps", "pictures")
+    part = shown(model, images, sources)
+    key = ("eps", images().seed, sources[0]) if is_split(sources) else ("eps", "pictures")
     noise = torch.randn(1, len(part.images), model.prior.code, generator=generator(*key))
     codes = codes_of(model, part.images, noise)
     if not all(tensor.isfinite().all() for tensor in codes):
@@ -188,7 +195,7 @@ def compress(
     `portable` computes in float64, whose last bits, where processors differ, next to never decide a symbol.
     """
     begun, (model, images, folder) = time.time(), opened(run, data, allow)
-    x = shown(model, images, run, sources, exact=not lossy).images
+    x = shown(model, images, sources, exact=not lossy).images
     output = output or folder / f"{Path(sources[0]).stem}.vlae"
     if samples < 1:
         raise ValueError(f"samples={samples}: must be at least 1")
@@ -244,64 +251,3 @@ def decompress(run: str, allow: Sequence[str], file: Path, seed: int, likely: bo
 
 def say(line: str) -> None:
     Console().print(line, soft_wrap=True, highlight=False)
-
-
-def export(run: str, allow: Sequence[str], name: str) -> None:
-    """Stores a finished run's weights in half precision as weights/<name>.safetensors with a card, weights/<name>.md,
-    and results/<name>_weights.json: test figures of the stored weights, evaluated in float32.
-
-    Raises:
-        FileNotFoundError: if `folder` holds no finished run.
-    """
-    quiet()
-    folder = Path(run)
-    if not (folder / "metrics.json").exists():
-        raise FileNotFoundError(f"{folder}: no finished run (it has no metrics.json)")
-    begun, code, path = time.time(), commit(), Path("weights") / f"{name}.safetensors"
-    started = datetime.now(UTC).isoformat(timespec="seconds")
-    config, trained = settings(folder / "config.json", allow), json.loads((folder / "metrics.json").read_text())
-    asked, images, model = prepare(config)
-    packages = ("vlae.", *allow)
-    trainer = Trainer(devices=1, logger=False, use_distributed_sampler=False, enable_checkpointing=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent) as place:  # older weights stay until these are measured
-        new = Path(place, path.name)
-        own = load(kept(folder), packages)
-        own.description["train_on_validation"] = images.train_on_validation
-        save(own, new)
-        model.model.load_state_dict(load(new, packages).state_dict())
-        metrics = dict(trainer.test(model, images, verbose=False)[0])
-        new.replace(path)
-    metrics["independent_pixels/bits_per_dim"] = independent_pixels(images.splits)
-    record = {
-        "name": f"{name}_weights",
-        "command": line(),
-        "commit": code,
-        "date": started,
-        **evaluated(asked, images, model, trainer),
-        **{key: trained[key] for key in ("steps", "images_seen")},
-        "wall_s": round(time.time() - begun, 1),
-        "metrics": metrics,
-    }
-    write(Path("results") / f"{name}_weights.json", record)
-    figures = "\n".join(f"| {key} | {value:.4f} |" for key, value in metrics.items())
-    parts = "training and validation parts" if images.train_on_validation else "training part"
-    card = f"""# {name}
-
-{record["parameters"]:,} weights in half precision, {path.stat().st_size / 2**20:.2f} MiB: `vlae.load("{name}")`.
-Trained on the {parts} of {record["data"]} (binarisation: {record["binarisation"]}), seed {record["seed"]}:
-{trained["images_seen"]:,} images seen.
-
-Figures of the stored weights in float32 on the test split: one-sample bounds in nats per image, or bits/dim.
-Measured by `{record["command"]}` at commit {code}, {record["hardware"]}.
-
-| figure | value |
-| --- | --- |
-{figures}
-
-```json
-{json.dumps(config["model"], indent=2)}
-```
-"""
-    path.with_suffix(".md").write_text(card)
-    show(metrics, f"{path}, {path.with_suffix('.md')} and results/{name}_weights.json")

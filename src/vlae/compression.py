@@ -22,9 +22,8 @@ from torch import Tensor
 
 from vlae.codec import Codec
 from vlae.container import CodecError, Header, pack, unpack
-from vlae.evaluation import digest
 from vlae.lossy import choose, codes, likely
-from vlae.model import VLAE, evaluating
+from vlae.model import VLAE, digest, evaluating
 from vlae.sampling import decode
 
 BATCH = 64  # images at once; fixed, so that no file can ask for memory

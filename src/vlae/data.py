@@ -2,7 +2,8 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +13,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from vlae.datasets import Part, Splits, default_root
+from vlae.noise import generator
+from vlae.schema import check, resolve
 
 
 class Batch(NamedTuple):
@@ -22,16 +25,6 @@ class Batch(NamedTuple):
     y: Int64[Tensor, " B"]
     index: Int64[Tensor, " B"]  # type: ignore[assignment]  # a tuple's method of that name is not missed
     number: int
-
-
-def seed_of(*key: int | str) -> int:
-    """A seed as a function of a key such as ("order", seed, epoch): other keys, unrelated streams."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest())
-
-
-def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """Noise as a function of a key."""
-    return torch.Generator(device).manual_seed(seed_of(*key))
 
 
 def draw(grey: UInt8[Tensor, "*N"], uniform: Tensor) -> UInt8[Tensor, "*N"]:
@@ -273,6 +266,17 @@ class Images(LightningDataModule):
                 raise ValueError(f"the images below {self.root} or data.folder are not those that training began with")
             # the same place also with another batch size or another number of devices
             self.train.number = state_dict["number"] * len(self.train) // state_dict["per_epoch"]
+
+
+def images_for(data: dict[str, Any], seed: int, allow: tuple[str, ...]) -> Images:
+    """The data that a `data` section describes: its keys are those of `Images` and of the data set's own function."""
+    dataset = resolve(data.get("_target_"), "data", allow)
+    own = list(signature(dataset).parameters)[1:]  # the first is the root
+    settings = {key: value for key, value in data.items() if key != "_target_"}
+    chosen = {key: settings.pop(key) for key in own if key in settings}
+    check(Images, settings, "data", supplied=("dataset", "seed"), elsewhere=own)
+    check(partial(dataset, None), chosen, "data")
+    return Images(partial(dataset, **chosen), seed=seed, **settings)
 
 
 def independent_pixels(splits: Splits) -> float:

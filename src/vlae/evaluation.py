@@ -1,6 +1,5 @@
 """How likely images are: log p(x) by importance sampling, of a batch, and of a split as a record."""
 
-import hashlib
 import json
 import math
 import os
@@ -8,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,10 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlae.data import Images, generator
 from vlae.datasets import Splits
-from vlae.model import VLAE, Terms, evaluating
+from vlae.model import VLAE, Terms, digest, evaluating
+from vlae.noise import generator
 from vlae.records import commit, hardware, write
+
+if TYPE_CHECKING:  # a DataModule: Lightning takes longer to import than all else together
+    import vlae.data
 
 BLOCK = 128  # samples whose noise is drawn together, so that a pass of any size sees the same noise
 PARTS = "evaluate.[0-9]*.part"  # of each rank, what it has found
@@ -140,14 +142,6 @@ def estimates(
     return Estimate(*values.unbind(1))
 
 
-def digest(*tensors: Tensor) -> str:
-    """A name for what tensors hold."""
-    content = hashlib.blake2b(digest_size=8)
-    for tensor in tensors:
-        content.update(tensor.cpu().contiguous().numpy().data)
-    return content.hexdigest()
-
-
 def resumed(file: Path, about: dict[str, Any], values: Tensor, done: Tensor) -> tuple[Tensor, Tensor]:
     """Values and marks with those that a file keeps; ValueError if it is of another evaluation."""
     try:
@@ -167,7 +161,7 @@ def resumed(file: Path, about: dict[str, Any], values: Tensor, done: Tensor) -> 
 
 def evaluate(
     model: VLAE,
-    images: Images,
+    images: "vlae.data.Images",
     split: str,
     samples: int,
     chunk: int | None,
@@ -258,7 +252,7 @@ def standard_error(values: Float[Tensor, " B"]) -> float:
     return values.std(correction=0).item() / max(1, len(values) - 1) ** 0.5
 
 
-def refuse_other(model: VLAE, images: Images) -> None:
+def refuse_other(model: VLAE, images: "vlae.data.Images") -> None:
     """ValueError for a data set that the model is not for."""
     shape, levels = tuple(model.decoder.shape), model.likelihood.levels
     if (images.shape, images.levels) != (shape, levels):

@@ -8,8 +8,6 @@ import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +19,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from vlae.dashboard import Pictures, show
-from vlae.data import Images, independent_pixels
+from vlae.data import Images, images_for, independent_pixels
 from vlae.figures import learning_curves, read_metrics
-from vlae.keeping import BEST, LAST, PREVIOUS, Best, Keeping, Log, WholeFiles, locked, newest
-from vlae.model import load
+from vlae.keeping import PREVIOUS, Best, Keeping, Log, WholeFiles, locked, newest
+from vlae.model import LAST, kept, load
 from vlae.muon import slow_bfloat16
 from vlae.records import RESUMABLE, commit, flat, hardware, same, write
-from vlae.schema import check, resolve
+from vlae.schema import check
 from vlae.tracking import Tracker, conclude, tracked
 from vlae.training import Averaging, LitVLAE
 
@@ -75,17 +73,6 @@ def finished(folder: Path, config: dict[str, Any]) -> dict[str, float] | None:
     found: dict[str, float] = json.loads(metrics.read_text())
     show(found, f"{folder} is finished already; remove it to train again")
     return found
-
-
-def images_for(data: dict[str, Any], seed: int, allow: tuple[str, ...]) -> Images:
-    """The data that a `data` section describes: its keys are those of `Images` and of the data set's own function."""
-    dataset = resolve(data.get("_target_"), "data", allow)
-    own = list(signature(dataset).parameters)[1:]  # the first is the root
-    settings = {key: value for key, value in data.items() if key != "_target_"}
-    chosen = {key: settings.pop(key) for key in own if key in settings}
-    check(Images, settings, "data", supplied=("dataset", "seed"), elsewhere=own)
-    check(partial(dataset, None), chosen, "data")
-    return Images(partial(dataset, **chosen), seed=seed, **settings)
 
 
 def prepare(config: dict[str, Any]) -> tuple[Settings, Images, LitVLAE]:
@@ -165,12 +152,6 @@ def evaluated(asked: Settings, images: Images, model: LitVLAE, trainer: Trainer)
         "seed": asked.seed,
         "parameters": sum(p.numel() for p in model.model.parameters()),
     }
-
-
-def kept(folder: Path) -> Path:
-    """The checkpoint whose weights count: the best on validation, or without validation the last."""
-    best = folder / "checkpoints" / BEST
-    return best if best.exists() else best.with_name(LAST)
 
 
 def quiet() -> None:

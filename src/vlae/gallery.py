@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Integer, UInt8
 from torch import Tensor
 
-from vlae.data import generator
 from vlae.figures import captioned, grid, heat_maps, noise_histogram, save, window_over
 from vlae.model import VLAE
+from vlae.noise import generator
 from vlae.sampling import complete, interpolate, reconstruct, sample
 
 Picture = UInt8[np.ndarray, "h w rgb"]

@@ -20,7 +20,9 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+from vlae.model import BEST, LAST
+
+PREVIOUS = "previous.ckpt"
 MINUTES = 10  # of training that a killed run repeats at most
 STEPS = 20  # after which ranks agree on what to do: each time all of them wait for the device
 SAVE, OVER = 1, 2  # what may be wished at the end of a step, besides 128 + a signal's number

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Integer
 from torch import Tensor
 
-from vlae.data import generator
 from vlae.figures import grid
 from vlae.model import VLAE
+from vlae.noise import generator
 from vlae.sampling import reconstruct
 
 

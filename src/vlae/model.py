@@ -5,6 +5,7 @@ channels, H W, D code, F width, P params, V values of a pixel, M components, K i
 wave.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from functools import wraps
@@ -22,6 +23,7 @@ from vlae.encoder import IAF, Normal
 from vlae.layers import normal_log_prob
 from vlae.schema import construct, fits
 
+LAST, BEST = "last.ckpt", "best.ckpt"  # in a run's folder checkpoints
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -129,6 +131,14 @@ def build(model: dict[str, Any], shape: tuple[int, int, int], levels: int, allow
     return vlae.to(memory_format=torch.channels_last)  # convolutions on CPU are a fifth faster
 
 
+def digest(*tensors: Tensor) -> str:
+    """A name for what tensors hold, such as a model's weights."""
+    content = hashlib.blake2b(digest_size=8)
+    for tensor in tensors:
+        content.update(tensor.cpu().contiguous().numpy().data)
+    return content.hexdigest()
+
+
 def save(model: VLAE, path: Path, dtype: torch.dtype = torch.float16) -> None:
     """Writes what `load` needs to open the model anywhere: weights as `dtype`, and its description."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,12 +149,19 @@ def save(model: VLAE, path: Path, dtype: torch.dtype = torch.float16) -> None:
 WEIGHTS = [folder / "weights" for folder in (Path(__file__).parent, Path(__file__).parents[2])]  # wheel, checkout
 
 
+def kept(folder: Path) -> Path:
+    """Of a run's folder, the checkpoint whose weights count: the best on validation, or without validation the last."""
+    best = folder / "checkpoints" / BEST
+    return best if best.exists() else best.with_name(LAST)
+
+
 def load(path: str | Path, allow: tuple[str, ...] = ("vlae.",)) -> VLAE:
-    """Opens a checkpoint (`.ckpt`), exported weights (`.safetensors`) or shipped weights by name, ready to evaluate.
+    """Opens a run's folder or a checkpoint in it (`.ckpt`), exported weights (`.safetensors`) or shipped weights by
+    name, ready to evaluate.
 
     Nothing is unpickled but tensors and plain types, and no code runs but that of the packages in `allow`: to open
-    a model with your own parts, pass `allow=("vlae.", "yours.")`. Weights are returned in float32, the averaged
-    ones of a checkpoint.
+    a model with your own parts, pass `allow=("vlae.", "yours.")`. Weights are returned in float32, of a checkpoint the
+    averaged ones, of a folder those of `kept`.
 
     Raises:
         FileNotFoundError: if there is no such file and no shipped weights of that name.
@@ -152,6 +169,7 @@ def load(path: str | Path, allow: tuple[str, ...] = ("vlae.",)) -> VLAE:
     """
     shipped = {file.stem: file for folder in WEIGHTS for file in folder.glob("*.safetensors")}
     file = shipped.get(str(path), Path(path))
+    file = kept(file) if file.is_dir() else file
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; shipped weights: {', '.join(sorted(shipped)) or 'none'}")
     try:

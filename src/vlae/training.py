@@ -9,9 +9,10 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from vlae.data import Batch, generator, seed_of
+from vlae.data import Batch
 from vlae.model import VLAE, Terms, build
 from vlae.muon import Muon
+from vlae.noise import generator, seed_of
 from vlae.objective import Objective
 from vlae.schema import check
 
