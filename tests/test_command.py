@@ -265,7 +265,7 @@ REFUSED = {  # what the line must say besides
     "+trainer.logger=false": "trainer.logger=False: unknown key",
     "trainer.accelerator=abacus": "trainer: .*abacus",
     "trainer.strategy=abacus": "trainer: .*abacus",
-    "optimizer.name=sgd": "optimizer.name='sgd': expected 'adamax' or 'adamw' or 'muon'",
+    "optimizer.name=sgd": "optimizer.name='sgd': expected 'adamax' or 'muon'",
     "optimizer.lr=-1.0": "lr=-1.0",
     "objective.kind=firm": "objective.kind='firm': expected 'hard' or 'soft'",
     "objective.free_bits=-1.0": "free_bits=-1.0",

@@ -60,7 +60,7 @@ class Optimization:
     def __init__(
         self,
         *,
-        name: Literal["adamax", "adamw", "muon"],
+        name: Literal["adamax", "muon"],
         lr: float,
         weight_decay: float,
         schedule: Literal["constant", "cosine", "linear"],
@@ -75,8 +75,7 @@ class Optimization:
     def optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         if self.name == "muon":
             return Muon(module.named_parameters(), lr=self.lr, weight_decay=self.weight_decay)
-        kind = {"adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW}[self.name]
-        return kind(module.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        return torch.optim.Adamax(module.parameters(), lr=self.lr, weight_decay=self.weight_decay)
 
     def factor(self, step: float, steps: float) -> float:
         """Share of `lr` at one of `steps` optimiser steps."""
