@@ -175,7 +175,7 @@ def main() -> None:
     train, test = images.part("train"), images.part("test")
     if images.levels != 2 or train.labels is None or test.labels is None:
         parser.error(f"{images.dataset_name}: images of two levels with classes are needed")
-    if not all(torch.equal(each().part("test").images, test.images) for _, each, _ in found):
+    if not all(torch.equal(each().part("test").images, test.images) for _, each, _ in found[1:]):
         parser.error("the runs are of different images")
     chosen = torch.randperm(len(test.images), generator=generator("codec", arguments.seed))
     known = torch.randperm(len(train.images), generator=generator("lossy", arguments.seed, "train"))

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from tiny import tiny
 
 import vlae
 from vlae.codes import encode, linear_probe
+from vlae.commands import opened
 from vlae.container import unpack
 from vlae.datasets import digits
 from vlae.figures import captioned, grid
@@ -82,16 +84,36 @@ def test_evaluate(run: Path, call: Vlae, place: str) -> None:
     assert str(run / "evaluate.json") in out
 
 
-def test_a_run_opens_as_the_weights_that_count(run: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
+def test_a_run_opens_as_the_weights_that_count(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "mnist_static"
     shutil.copytree(run, folder)
+    last = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    last["state_dict"]["model.decoder.mix.bias"] += 1
+    torch.save(last, folder / "checkpoints" / "last.ckpt")
     for name in ("best", "last"):  # without the best on validation, the last
         path = folder / "checkpoints" / f"{name}.ckpt"
         weights, found = torch.load(path, weights_only=True)["state_dict"], vlae.load(folder).state_dict()
         assert all(torch.equal(value, weights[f"model.{key}"]) for key, value in found.items())
+        # a command's run is a folder first: shipped weights have that name, too
+        assert opened("mnist_static")[0].decoder.shape == (1, 8, 8)
         path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"last\.ckpt: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"mnist_static: a folder without checkpoints/last\.ckpt"):
         vlae.load(folder)
+
+
+def test_pictures_need_no_lightning(run: Path, tmp_path: Path) -> None:
+    """It takes longer to import than all else together."""
+    np.save(tmp_path / "x.npy", np.zeros((2, 8, 8), np.uint8))
+    calls = [["sample", run], ["encode", run, "x.npy"], ["compress", run, "x.npy", "-o", "x.vlae"]]
+    calls += [["decompress", run, "x.vlae", "-o", "again.npz"]]
+    code = "import sys\nfrom runpy import run_module\n"
+    for words in calls:
+        code += f"sys.argv[1:] = {[*map(str, words)]}; run_module('vlae', run_name='__main__')\n"
+    code += "assert 'torch' in sys.modules and not {'lightning', 'hydra'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not np.load(tmp_path / "again.npz")["images"].any()
 
 
 @pytest.mark.parametrize("parts", ["training part", "training and validation parts"])

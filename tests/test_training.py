@@ -395,12 +395,11 @@ def test_a_record_says_what_was_measured(done: Path) -> None:
 
 
 def test_a_checkpoint_opens_alone(done: Path, tmp_path: Path) -> None:
-    """In a folder without conf/, without Hydra and Lightning, and so does all that a trained model is for."""
+    """In a folder without conf/, without Hydra and Lightning."""
     script = (
         "import sys, torch, vlae; model = vlae.load(sys.argv[1]); torch.load(sys.argv[1], weights_only=True)\n"
         "assert not model.training\n"
         "assert vlae.sample(model, torch.randn(2, 3), torch.rand(2, 1, 8, 8)).shape == (2, 1, 8, 8)\n"
-        "import vlae.commands; [getattr(vlae, name) for name in vlae.__all__ if name not in ('Images', 'LitVLAE')]\n"
         "assert not {'hydra', 'omegaconf', 'lightning', 'wandb'} & set(sys.modules)"
     )
     command = [sys.executable, "-c", script, str(done / "checkpoints" / "best.ckpt")]

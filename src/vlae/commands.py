@@ -23,7 +23,7 @@ from vlae.evaluation import CHUNK, estimates, own_device, refuse_other
 from vlae.evaluation import evaluate as score
 from vlae.folder import alike, store, vacant
 from vlae.gallery import PICTURES, draw, plot
-from vlae.model import VLAE, load
+from vlae.model import VLAE, kept, load
 from vlae.noise import generator
 from vlae.records import whole
 from vlae.sizes import sizes
@@ -35,15 +35,15 @@ if TYPE_CHECKING:  # Lightning takes longer to import than all else together, an
 def opened(
     run: str, data: str | None = None, allow: Sequence[str] = ()
 ) -> tuple[VLAE, Callable[[], "vlae.data.Images"], Path]:
-    """The model, a function that gives its images, and the folder for results of a run's folder, of a checkpoint in it,
-    or of weights.
+    """Of a run's folder, a checkpoint in it, or weights: the model, what finds its images, the folder for results.
 
-    Weights do not say what they were trained on: `data` names the set, by default the one they are named after; where
-    that is none the function raises ValueError. No code is called but vlae's and that of the packages in `allow`.
+    Weights do not say what they were trained on: `data` names the set, by default the one they are named after. No code
+    is called but vlae's and that of the packages in `allow`.
 
     Raises:
         FileNotFoundError: if there is no such run.
-        ValueError: for a damaged file, an unknown data set, or a run that needs other packages.
+        ValueError: for a damaged file, an unknown name in `data`, or a run that needs other packages; what finds the
+            images raises it for a set that is unknown or set up wrongly.
     """
     path, packages = Path(run), ("vlae.", *allow)
     device = own_device()
@@ -54,8 +54,8 @@ def opened(
         model = load(run, packages)
         section = {"_target_": f"vlae.datasets.{name}", "root": None, "batch_size": 1, "eval_batch_size": 1}
         section |= {"train_on_validation": model.description.get("train_on_validation", False)}
-        images = partial(images_of, run, section if name in names else None, 0, packages)
-        return model.to(device), images, Path("runs") / path.stem
+        find = partial(trained_on, run, section if name in names else None, 0, packages)
+        return model.to(device), find, Path("runs") / path.stem
     folder = path if path.is_dir() else path.absolute().parent.parent
     file = folder / "config.json"
     if not file.is_file():
@@ -63,8 +63,8 @@ def opened(
     if data:
         raise ValueError(f"--data={data}: {folder} was trained on its own data; leave it out")
     config = settings(file, allow)
-    images = partial(images_of, run, config["data"], config["seed"], packages)
-    return load(path, packages).to(device), images, folder
+    find = partial(trained_on, run, config["data"], config["seed"], packages)
+    return load(kept(path) if path.is_dir() else path, packages).to(device), find, folder
 
 
 def settings(file: Path, allow: Sequence[str]) -> dict[str, Any]:
@@ -87,7 +87,8 @@ def line() -> str:
     return shlex.join(["python", "-m", "vlae", *sys.argv[1:]])
 
 
-def images_of(run: str, section: dict[str, Any] | None, seed: int, packages: tuple[str, ...]) -> "vlae.data.Images":
+def trained_on(run: str, section: dict[str, Any] | None, seed: int, packages: tuple[str, ...]) -> "vlae.data.Images":
+    """The images of a `data` section; ValueError where it is not known."""
     from vlae.data import images_for
 
     if section is None:
@@ -99,15 +100,16 @@ def evaluate(
     run: str, data: str | None, allow: Sequence[str], split: str, samples: int, batch: int | None, part: int | None
 ) -> None:
     """Log-likelihood by importance sampling: a table, and evaluate.json beside the run."""
-    model, images, folder = opened(run, data, allow)
-    score(model, images(), split, samples, batch, folder, {"command": line()}, part)
+    model, find, folder = opened(run, data, allow)
+    score(model, find(), split, samples, batch, folder, {"command": line()}, part)
 
 
 def is_split(sources: Sequence[str]) -> bool:
+    """Whether images are a split of the model's data set, not pictures."""
     return len(sources) == 1 and sources[0] in Splits._fields[:3]
 
 
-def shown(model: VLAE, images: Callable[[], "vlae.data.Images"], sources: Sequence[str], exact: bool = False) -> Part:
+def shown(model: VLAE, find: Callable[[], "vlae.data.Images"], sources: Sequence[str], exact: bool = False) -> Part:
     """A split of the model's data set, or pictures of exactly the model's size: files, folders of them, arrays.
 
     Raises:
@@ -115,9 +117,9 @@ def shown(model: VLAE, images: Callable[[], "vlae.data.Images"], sources: Sequen
             values than it knows.
     """
     if is_split(sources):
-        found = images()
-        refuse_other(model, found)
-        return found.part(sources[0])  # type: ignore[arg-type]
+        images = find()
+        refuse_other(model, images)
+        return images.part(sources[0])  # type: ignore[arg-type]
     for source in sources:
         if not Path(source).exists():
             splits = ", ".join(Splits._fields[:3])
@@ -145,8 +147,8 @@ def reconstruct(
     run: str, data: str | None, allow: Sequence[str], sources: Sequence[str], seed: int, output: Path | None
 ) -> None:
     """Draws, beside the run or in `output`, what codes keep of images, in every way of `vlae.gallery`."""
-    model, images, folder = opened(run, data, allow)
-    part, folder = shown(model, images, sources), place(folder, output)
+    model, find, folder = opened(run, data, allow)
+    part, folder = shown(model, find, sources), place(folder, output)
     chosen = torch.randperm(len(part.images), generator=generator("shown", seed))[:1000]
     x = part.images[chosen].long().to(next(model.parameters()).device)
     model.encode(x[:1])  # refuses what does not fit before anything is drawn
@@ -163,11 +165,11 @@ def encode(run: str, data: str | None, allow: Sequence[str], sources: Sequence[s
 
     Rates are by one draw of each code; of validation and test, by the draw that scores them.
     """
-    model, images, folder = opened(run, data, allow)
+    model, find, folder = opened(run, data, allow)
     path = output or folder
     path = path / "codes.npz" if path.suffix != ".npz" or path.is_dir() else path
-    part = shown(model, images, sources)
-    key = ("eps", images().seed, sources[0]) if is_split(sources) else ("eps", "pictures")
+    part = shown(model, find, sources)
+    key = ("eps", find().seed, sources[0]) if is_split(sources) else ("eps", "pictures")
     noise = torch.randn(1, len(part.images), model.prior.code, generator=generator(*key))
     codes = codes_of(model, part.images, noise)
     if not all(tensor.isfinite().all() for tensor in codes):
@@ -194,8 +196,8 @@ def compress(
 
     `portable` computes in float64, whose last bits, where processors differ, next to never decide a symbol.
     """
-    begun, (model, images, folder) = time.time(), opened(run, data, allow)
-    x = shown(model, images, sources, exact=not lossy).images
+    model, find, folder = opened(run, data, allow)
+    x, begun = shown(model, find, sources, exact=not lossy).images, time.time()
     output = output or folder / f"{Path(sources[0]).stem}.vlae"
     if samples < 1:
         raise ValueError(f"samples={samples}: must be at least 1")

@@ -13,7 +13,7 @@ from vlae.commands import line, settings
 from vlae.dashboard import show
 from vlae.data import independent_pixels
 from vlae.experiment import evaluated, prepare, quiet
-from vlae.model import load, save
+from vlae.model import kept, load, save
 from vlae.records import commit, write
 
 
@@ -22,7 +22,7 @@ def export(run: str, allow: Sequence[str], name: str) -> None:
     and results/<name>_weights.json: test figures of the stored weights, evaluated in float32.
 
     Raises:
-        FileNotFoundError: if `folder` holds no finished run.
+        FileNotFoundError: if `run` is not the folder of a finished run.
     """
     quiet()
     folder = Path(run)
@@ -37,7 +37,7 @@ def export(run: str, allow: Sequence[str], name: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=path.parent) as place:  # older weights stay until these are measured
         new = Path(place, path.name)
-        own = load(folder, packages)
+        own = load(kept(folder), packages)  # not by name: weights of that name may be there
         own.description["train_on_validation"] = images.train_on_validation
         save(own, new)
         model.model.load_state_dict(load(new, packages).state_dict())

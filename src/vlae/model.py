@@ -156,20 +156,21 @@ def kept(folder: Path) -> Path:
 
 
 def load(path: str | Path, allow: tuple[str, ...] = ("vlae.",)) -> VLAE:
-    """Opens a run's folder or a checkpoint in it (`.ckpt`), exported weights (`.safetensors`) or shipped weights by
-    name, ready to evaluate.
+    """Opens shipped weights by name, a run's folder, a checkpoint (`.ckpt`) or exported weights (`.safetensors`), ready
+    to evaluate.
 
     Nothing is unpickled but tensors and plain types, and no code runs but that of the packages in `allow`: to open
     a model with your own parts, pass `allow=("vlae.", "yours.")`. Weights are returned in float32, of a checkpoint the
     averaged ones, of a folder those of `kept`.
 
     Raises:
-        FileNotFoundError: if there is no such file and no shipped weights of that name.
+        FileNotFoundError: if there is no such file, no checkpoint in the folder and no shipped weights of that name.
         ValueError: if the file is not one of ours, or wants a class from outside `allow`.
     """
     shipped = {file.stem: file for folder in WEIGHTS for file in folder.glob("*.safetensors")}
     file = shipped.get(str(path), Path(path))
-    file = kept(file) if file.is_dir() else file
+    if file.is_dir() and not (file := kept(file)).is_file():
+        raise FileNotFoundError(f"{path}: a folder without {file.relative_to(path)}, so no run's that can be opened")
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; shipped weights: {', '.join(sorted(shipped)) or 'none'}")
     try:
