@@ -89,10 +89,10 @@ def line() -> str:
 
 def trained_on(run: str, section: dict[str, Any] | None, seed: int, packages: tuple[str, ...]) -> "vlae.data.Images":
     """The images of a `data` section; ValueError where it is not known."""
-    from vlae.data import images_for
-
     if section is None:
         raise ValueError(f"{run}: say by --data what it was trained on: {', '.join(one.__name__ for one in SETS)}")
+    from vlae.data import images_for
+
     return images_for(section, seed, packages)
 
 
