@@ -169,10 +169,9 @@ def load(path: str | Path, allow: tuple[str, ...] = ("vlae.",)) -> VLAE:
     """
     shipped = {file.stem: file for folder in WEIGHTS for file in folder.glob("*.safetensors")}
     file = shipped.get(str(path), Path(path))
-    if file.is_dir() and not (file := kept(file)).is_file():
-        raise FileNotFoundError(f"{path}: a folder without {file.relative_to(path)}, so no run's that can be opened")
+    what, file = ("a folder without a run's checkpoint", kept(file)) if file.is_dir() else ("no such file", file)
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; shipped weights: {', '.join(sorted(shipped)) or 'none'}")
+        raise FileNotFoundError(f"{path}: {what}; shipped weights: {', '.join(sorted(shipped)) or 'none'}")
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as opened:
