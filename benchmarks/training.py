@@ -107,7 +107,8 @@ class Loop:
             loss = self.objective(self.model(x, eps), self.number)
         self.optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        if self.clip:
+            nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
         self.schedule.step()
         self.number += 1

@@ -1,13 +1,14 @@
 """Muon: matrices and kernels by orthogonal steps, as torch's own has them, the rest as AdamW."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from vlae import muon
-from vlae.muon import Muon, orthogonal
+from vlae.muon import Muon, orthogonal, slow_bfloat16
 
 
 def named(parameters: list[nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
@@ -28,6 +29,15 @@ def test_steps_are_nearly_orthogonal(shape: tuple[int, int], slow: bool, monkeyp
     assert values.max() < 1.3
     assert (found - torch.diag_embed(values)).abs().max() < (1e-5 if slow else 0.05)
     assert orthogonal(torch.zeros(1, *shape)).abs().max() == 0
+
+
+def test_bfloat16_is_for_processors_that_have_it() -> None:
+    """As the system lists what the processor has: torch takes bfloat16 without AVX512's own instructions, too, slowly."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
+    if torch.backends.cpu.get_cpu_capability().startswith("AVX") and flags:
+        assert slow_bfloat16(torch.device("cpu")) == ("avx512_bf16" not in flags)
+    assert not slow_bfloat16(torch.device("cuda"))
 
 
 def test_matrices_move_as_by_torch() -> None:

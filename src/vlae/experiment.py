@@ -137,7 +137,7 @@ def trainer_for(asked: Settings, images: Images, folder: Path, loggers: list[Tra
         allowed = ", ".join(PRECISIONS)
         raise ValueError(f"trainer.precision={trainer.precision}: weights are float32; allowed: {allowed}")
     if trainer.precision.endswith("mixed") and slow_bfloat16(trainer.strategy.root_device):
-        slow = "bfloat16 can be several times slower than 32-true on this processor, without AVX512 or SVE"
+        slow = "bfloat16 can be several times slower than 32-true on this processor, without AVX512's bfloat16 or SVE"
         warnings.warn(f"trainer.precision={trainer.precision}: {slow}", stacklevel=2)
     return trainer
 
