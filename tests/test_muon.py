@@ -32,7 +32,7 @@ def test_steps_are_nearly_orthogonal(shape: tuple[int, int], slow: bool, monkeyp
 
 
 def test_bfloat16_is_for_processors_that_have_it() -> None:
-    """As the system lists what the processor has: torch takes bfloat16 without AVX512's own instructions, too, slowly."""
+    """As the system lists what the processor has: torch takes it on others, too, slowly."""
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
     if torch.backends.cpu.get_cpu_capability().startswith("AVX") and flags:
