@@ -164,7 +164,7 @@ def noise_histogram(eps: Float[Tensor, "N D"], path: Path) -> None:
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     values = eps.flatten().clamp(-6, 6).cpu().numpy()
-    left.hist(values, bins=120, range=(-6, 6), density=True, color="C0", label="codes of images")
+    left.hist(values, bins=120, range=(-6, 6), density=True, histtype="stepfilled", color="C0", label="codes of images")
     t = np.linspace(-6, 6, 200)
     left.plot(t, np.exp(-(t**2) / 2) / np.sqrt(2 * np.pi), "k--", label="N(0, 1)")
     left.set(title="all dimensions of the code", xlabel="noise", ylabel="density")

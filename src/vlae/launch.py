@@ -150,7 +150,6 @@ class Sweep(Callback):
 def publish(folder: Path, settings: dict[str, Any]) -> None:
     """The report of a sweep, on disk and, as the settings of the section `wandb` say, in W&B."""
     from vlae.report import report
-    from vlae.workspace import log_report
 
     try:
         page, figures = report(folder)
@@ -160,7 +159,10 @@ def publish(folder: Path, settings: dict[str, Any]) -> None:
     runs = jobs(folder)
     names = varied(runs)
     table = [{name: run.settings.get(name) for name in names} | {"state": run.state} | run.metrics for run in runs]
-    log_report(settings, folder, page, figures, table)
+    if settings["mode"] != "disabled":
+        from vlae.workspace import log_report  # here, as Lightning comes with it
+
+        log_report(settings, folder, page, figures, table)
     print(f"{page}, and {len(figures)} figures in {folder / 'report'}")
 
 
