@@ -137,10 +137,13 @@ def test_batch_and_chunk_do_not_matter(maps: bool, likelihood: str) -> None:
 
 @pytest.mark.parametrize(("samples", "chunk"), [(7, 3), (7, 7), (7, 20), (7, 1000), (BLOCK + 1, 50), (300, 2 * BLOCK)])
 def test_a_pass_is_no_larger_than_asked_and_each_image_is_encoded_once(samples: int, chunk: int) -> None:
-    model, encoded, decoded = tiny(), [], []
+    model, encoded, decoded, short = tiny(), [], [], set()
     model.encoder.register_forward_hook(lambda _, inputs, output: encoded.append(len(inputs[0])))
     model.decoder.register_forward_hook(lambda _, inputs, output: decoded.append(len(output)))
+    model.decoder.register_forward_hook(lambda *_: short.add(torch.backends.cudnn.allow_tf32))
     estimates(model, X, KEY, samples, chunk)
+    assert short == {False}
+    assert torch.backends.cudnn.allow_tf32  # for training, as it was
     assert sum(encoded) == len(X)
     assert sum(decoded) == samples * len(X)
     assert max(decoded) <= chunk

@@ -83,6 +83,7 @@ def noise(
         yield from block[: samples - start].split(k)
 
 
+@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # or a GPU's convolutions would round to ten bits
 def estimates(
     model: VLAE,
     x: Integer[Tensor, "B C H W"],
@@ -98,7 +99,7 @@ def estimates(
     Noise is a function of key, sample and the image's number, by default its place in `x`. Rank r of the w of
     torch.distributed takes images r::w, and all ranks return what one process would. With a `folder`, results are kept
     there in `evaluate.*.part` every so many seconds, and what is kept is not computed again, be the number of ranks the
-    same or not.
+    same or not. Convolutions of float32 weights are in float32 on a GPU, too, where torch would take TensorFloat-32.
 
     Raises:
         ValueError: for sizes below 1, images the model is not for, or files kept of another evaluation.
