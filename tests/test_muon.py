@@ -31,6 +31,17 @@ def test_steps_are_nearly_orthogonal(shape: tuple[int, int], slow: bool, monkeyp
     assert orthogonal(torch.zeros(1, *shape)).abs().max() == 0
 
 
+def test_units_that_learn_nothing_more_leave_no_denormal_numbers() -> None:
+    """Their momentum falls by a twentieth a step, through numbers that some processors multiply 100 times slower."""
+    x = torch.randn(1, 12, 20)
+    x[:, 3:9] *= torch.logspace(-11, -43, 6)[:, None]
+    found = orthogonal(x)
+    assert not found[:, 3:9].any()
+    alive = [0, 1, 2, 9, 10, 11]
+    torch.testing.assert_close(found[:, alive], orthogonal(x[:, alive]), rtol=0, atol=0.02)  # bfloat16
+    assert (found[:, alive].abs() > torch.finfo(torch.float32).tiny).all()
+
+
 def test_bfloat16_is_for_processors_that_have_it() -> None:
     """As the system lists what the processor has: torch takes it on others, too, slowly."""
     cpuinfo = Path("/proc/cpuinfo")
