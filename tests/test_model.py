@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import pickle
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -244,8 +243,7 @@ def test_autoregressive_prior_is_an_inverse_autoregressive_posterior(
 def test_the_objective_of_an_inverse_autoregressive_posterior_is_that_of_a_prior_with_its_weights(depth: int) -> None:
     """The same by two models: one flow in the prior, or in the posterior and before the decoder, told nothing."""
     prior, posterior = tiny(code=4), tiny(code=4, depth=0, posterior="iaf")
-    made = partial(Made, 4, 12, False, context=True, activation="elu")
-    flow: Flow = shaken(Flow(4, False, [made() for _ in range(depth)]))  # type: ignore[assignment]
+    flow: Flow = shaken(Flow(4, False, [Made(4, 12, False, context=True) for _ in range(depth)]))  # type: ignore[assignment]
     prior.prior = posterior.encoder.flow = flow
     mine, theirs = prior.encoder.net, posterior.encoder.net  # type: ignore[union-attr]
     with torch.no_grad():

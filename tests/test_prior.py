@@ -1,6 +1,5 @@
 """The prior is a bijection between codes and noise whose density is the one its determinant says."""
 
-import math
 from itertools import product
 from math import prod
 
@@ -29,12 +28,10 @@ over_cases = pytest.mark.parametrize(("code", "depth", "width", "scale"), CASES)
 
 
 def fresh(code: Code, depth: int, width: int, scale: bool) -> Flow:
-    """Hidden units by relu where steps keep volumes, by elu where they scale."""
-    both = {"depth": depth, "width": width, "scale": scale, "activation": "elu" if scale else "relu"}
     if isinstance(code, int):
-        return AFPrior(code=code, **both)  # type: ignore[arg-type]
+        return AFPrior(code=code, depth=depth, width=width, scale=scale)
     maps, window = code
-    return ConvAFPrior(code=list(maps), receptive_field=window, **both)  # type: ignore[arg-type]
+    return ConvAFPrior(code=list(maps), depth=depth, width=width, scale=scale, receptive_field=window)
 
 
 def prior_of(code: Code, depth: int, width: int, scale: bool, size: float = 0.3) -> Flow:
@@ -95,12 +92,9 @@ def plain_conditioner(
             sums.append(total)
         return sums
 
-    def active(value: float) -> float:
-        return value if value > 0 else 0.0 if step.scale is None else math.expm1(value)
-
     h = layer(step.first, z, lambda o, k: k + 1 <= degree[o], width)
-    h = [active(own + given) for own, given in zip(h, context, strict=True)]
-    h = [active(a) for a in layer(step.second, h, lambda o, k: degree[k] <= degree[o], width)]
+    h = [max(0.0, own + given) for own, given in zip(h, context, strict=True)]
+    h = [max(0.0, a) for a in layer(step.second, h, lambda o, k: degree[k] <= degree[o], width)]
     shift = layer(step.shift, h, lambda o, k: degree[k] < o + 1, code)
     if step.scale is None:
         return shift, [0.0] * code

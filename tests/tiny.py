@@ -45,7 +45,7 @@ def settings(
     else:
         for part in (encoder, decoder):
             part["hidden"] = 10
-        encoder |= {"posterior": posterior, "depth": 2, "width": 12, "activation": "elu"}
+        encoder |= {"posterior": posterior, "depth": 2, "width": 12}
         names = "Encoder", "AFPrior", "PixelCNN"
     more = {"components": 3} if likelihood == "LogisticMixture" else {}
     return {

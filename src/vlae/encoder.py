@@ -1,6 +1,5 @@
 """q(z | x): images to the distribution of their codes."""
 
-from functools import partial
 from math import prod
 from typing import Literal, NamedTuple
 
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vlae.flow import Activation, Flow, Made
+from vlae.flow import Flow, Made
 from vlae.layers import ConvBlock, at_least, full, maps, normal_log_prob, pyramid, unit_gain
 
 
@@ -85,7 +84,6 @@ class Encoder(nn.Module):
         posterior: Literal["normal", "iaf"] = "normal",
         depth: int = 4,
         width: int = 640,
-        activation: Activation = "relu",
     ):
         super().__init__()
         at_least(1, widths=widths, hidden=hidden, depth=depth, width=width)
@@ -96,8 +94,9 @@ class Encoder(nn.Module):
             channels = wide
         layers += [nn.ELU(), nn.Flatten(), nn.Linear(channels * prod(pyramid(*shape[1:], len(widths))[-1]), hidden)]
         inverse = posterior == "iaf" and code > 0
-        made = partial(Made, code, width, False, context=True, activation=activation)
-        self.flow = Flow(code, False, [made() for _ in range(depth)]) if inverse else None
+        self.flow = (
+            Flow(code, False, [Made(code, width, False, context=True) for _ in range(depth)]) if inverse else None
+        )
         self.sizes = [code, code, width] if inverse else [code, code]
         self.net = nn.Sequential(*layers, nn.ELU(), nn.Linear(hidden, sum(self.sizes))) if code else None
 

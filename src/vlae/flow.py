@@ -1,7 +1,6 @@
 """An autoregressive flow between codes and noise: the prior's, or that of a posterior which sees the image."""
 
-from collections.abc import Callable, Iterator
-from typing import Literal
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -11,20 +10,17 @@ from torch import Tensor, nn
 from vlae.layers import MaskedLinear, small_steps
 
 Part = tuple[int | Tensor, Tensor, Tensor]
-Activation = Literal["relu", "elu"]
 
 
 class Made(nn.Module):
     """Shift and log-scale of each z_i from z_<i: two masked hidden layers (MADE, Germain et al. 2015).
 
     Hidden units are sorted by degree: a unit of degree m sees z_1..z_m. Both outputs start at zero. Log-scales stay
-    within (-2, 2), or are zero where `scale` is false. With `context`, which all units see, degrees begin at 0. By
-    `relu`, the paper's, most units of the second layer can end where they are zero for every code, and stay there.
+    within (-2, 2), or are zero where `scale` is false. With `context`, which all units see, degrees begin at 0.
     """
 
-    def __init__(self, code: int, width: int, scale: bool, context: bool = False, activation: Activation = "relu"):
+    def __init__(self, code: int, width: int, scale: bool, context: bool = False):
         super().__init__()
-        self.activation: Callable[[Tensor], Tensor] = F.elu if activation == "elu" else F.relu
         inputs, least = torch.arange(code) + 1, 0 if context else 1
         hidden = torch.arange(width) * (code - least) // width + least
         sees = [
@@ -46,7 +42,7 @@ class Made(nn.Module):
         self, z: Float[Tensor, "*n D"], context: Float[Tensor, "*n F"] | None = None
     ) -> tuple[Float[Tensor, "*n D"], Float[Tensor, "*n D"]]:
         first = self.first(z) if context is None else self.first(z) + context
-        h = self.activation(self.second(self.activation(first)))
+        h = F.relu(self.second(F.relu(first)))
         log_scale = torch.zeros_like(z) if self.scale is None else 2 * torch.tanh(self.scale(h) / 2)
         return self.shift(h), log_scale
 
@@ -57,9 +53,8 @@ class Made(nn.Module):
         for i, ready in enumerate(self.ready):
             new = slice(done, ready)  # units of degree i: they see z_0..z_{i-1}
             own = F.linear(z[:, :i], self.first.weight[new, :i], self.first.bias[new])
-            first[:, new] = self.activation(own if context is None else own + context[:, new])
-            own = F.linear(first[:, :ready], self.second.weight[new, :ready], self.second.bias[new])
-            second[:, new] = self.activation(own)
+            first[:, new] = F.relu(own if context is None else own + context[:, new])
+            second[:, new] = F.relu(F.linear(first[:, :ready], self.second.weight[new, :ready], self.second.bias[new]))
             h, log_scale = second[:, :ready], z.new_zeros(len(z))
             if self.scale is not None:
                 log_scale = 2 * torch.tanh((h @ self.scale.weight[i, :ready] + self.scale.bias[i]) / 2)

@@ -6,7 +6,7 @@ from math import prod
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vlae.flow import Activation, Flow, Made, Part
+from vlae.flow import Flow, Made, Part
 from vlae.layers import at_least
 from vlae.window import neighbours, seen, waves, window
 
@@ -21,14 +21,14 @@ class MapMade(nn.Module):
 
     neighbours: Tensor
 
-    def __init__(self, code: list[int], width: int, scale: bool, receptive_field: str, activation: Activation = "relu"):
+    def __init__(self, code: list[int], width: int, scale: bool, receptive_field: str):
         super().__init__()
         self.code, self.window = code, window(receptive_field)
         if not self.window:
             raise ValueError("receptive_field=none: a prior of maps needs a window AxB, such as 7x3")
         self.register_buffer("neighbours", neighbours(self.window, *code[1:]), persistent=False)
         self.look = nn.Linear(code[0] * len(self.window), width, bias=False)
-        self.channels = Made(code[0], width, scale, context=True, activation=activation)
+        self.channels = Made(code[0], width, scale, context=True)
 
     def forward(self, z: Float[Tensor, "B D"]) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B D"]]:
         maps = z.unflatten(1, (self.code[0], -1))
@@ -56,11 +56,10 @@ class AFPrior(Flow):
     0). Generation takes a step for each number of the code and each of `depth`.
     """
 
-    def __init__(self, *, code: int, depth: int, width: int, scale: bool, activation: Activation = "relu"):
+    def __init__(self, *, code: int, depth: int, width: int, scale: bool):
         at_least(1, width=width)
         at_least(0, depth=depth)
-        steps = [Made(code, width, scale, activation=activation) for _ in range(depth if code else 0)]
-        super().__init__(code, scale, steps)
+        super().__init__(code, scale, [Made(code, width, scale) for _ in range(depth if code else 0)])
 
 
 class ConvAFPrior(Flow):
@@ -70,17 +69,7 @@ class ConvAFPrior(Flow):
     takes C steps for each wave of positions and each of `depth`: 16 * 36 * 6 for 16 maps of 8x8 and a window 7x3.
     """
 
-    def __init__(
-        self,
-        *,
-        code: list[int],
-        depth: int,
-        width: int,
-        scale: bool,
-        receptive_field: str,
-        activation: Activation = "relu",
-    ):
+    def __init__(self, *, code: list[int], depth: int, width: int, scale: bool, receptive_field: str):
         at_least(1, width=width)
         at_least(0, depth=depth)
-        steps = [MapMade(code, width, scale, receptive_field, activation) for _ in range(depth)]
-        super().__init__(prod(code), scale, steps)
+        super().__init__(prod(code), scale, [MapMade(code, width, scale, receptive_field) for _ in range(depth)])
