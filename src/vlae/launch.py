@@ -156,12 +156,12 @@ def publish(folder: Path, settings: dict[str, Any]) -> None:
     except ValueError as error:
         print(f"{folder}: {error}")
         return
-    runs = jobs(folder)
-    names = varied(runs)
-    table = [{name: run.settings.get(name) for name in names} | {"state": run.state} | run.metrics for run in runs]
     if settings["mode"] != "disabled":
         from vlae.workspace import log_report  # here, as Lightning comes with it
 
+        runs = jobs(folder)
+        names = varied(runs)
+        table = [{name: run.settings.get(name) for name in names} | {"state": run.state} | run.metrics for run in runs]
         log_report(settings, folder, page, figures, table)
     print(f"{page}, and {len(figures)} figures in {folder / 'report'}")
 

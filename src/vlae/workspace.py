@@ -90,12 +90,11 @@ def log_report(
 ) -> None:
     """Shows a sweep's report in W&B: the run `report` in the group of the sweep, anew each time in the same run.
 
-    `settings` as of `tracked`; a group that is None is the sweep's `folder`. `table` has a row for each job.
+    `settings` as of `tracked`, of another mode than disabled; a group that is None is the sweep's `folder`. `table` has
+    a row for each job.
     """
     settings = {**settings, "group": settings["group"] or folder.absolute().name}
-    with tracked(settings, folder, "report") as trackers:
-        if not trackers:
-            return
+    with tracked(settings, folder, "report") as (tracker,):
         import wandb
 
         columns: list[Any] = list(dict.fromkeys(name for row in table for name in row))
@@ -103,4 +102,4 @@ def log_report(
         shown: dict[str, Any] = {f"report/{path.stem}": wandb.Image(str(path)) for path in figures}
         shown["report/jobs"] = wandb.Table(columns=columns, data=rows, allow_mixed_types=True)
         shown["report/page"] = wandb.Html(str(page))
-        trackers[0].experiment.log(shown)
+        tracker.experiment.log(shown)
