@@ -82,7 +82,7 @@ PUBLISHED = {  # label, rate and NLL in nats as printed, how it was estimated
         ("ResNet VAE with a RealNVP prior (2019)", "", "78.49", "IS"),
         ("NVAE without flows (2020)", "", "78.01", "IS, 1,000"),
         ("LMConv, eight orders, 60,000 images (2020)", "0", "77.58", "exact"),
-        ("CR-NVAE, with augmentation (2021)", "", "76.93", "not stated"),
+        ("CR-NVAE, with augmentation (2021)", "", "76.93", "unverified"),
         ("MISVAE, mixtures of posteriors (2024)", "", "76.67", "IS"),
     ],
     "caltech101": [

@@ -98,7 +98,7 @@ def measure(
     return figures | {"kept": kept(x, again), "kept_by_chance": kept(x, again.roll(1, 0))}, again, drawn
 
 
-def plot(lines: list[dict[str, Any]], path: Path) -> None:
+def plot(lines: list[dict[str, Any]], dims: int, path: Path) -> None:
     """Rate, distortion, bits/dim and what the code kept against the window; hollow where it shows luminance alone."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -106,7 +106,7 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
     panels: dict[str, tuple[int, dict[str, list[float]]]] = {
         "Rate (nats an image)": (1, {"": [line["rate"] for line in lines]}),
         "Distortion (nats an image)": (1, {"": [line["distortion"] for line in lines]}),
-        "Bits/dim, bound": (3, {"": [line["bits_per_dim"] for line in lines]}),
+        "Bits/dim, bound": (3, {"": [line["nelbo"] / (dims * math.log(2)) for line in lines]}),  # not rounded twice
         f"Kept at {SIDE}x{SIDE}: correlation": (
             2,
             {part: [line["kept"][part]["correlation"] for line in lines] for part in lines[0]["kept"]},
@@ -197,7 +197,7 @@ def main() -> None:
     text = "Samples of each model: codes from the prior, pixels drawn from the decoder; the same noise for all"
     save(np.vstack(rows), arguments.pictures / "cifar10_reconstructions.png")
     save(captioned(np.vstack(blocks), text), arguments.pictures / "cifar10_samples.png")
-    plot(lines, arguments.pictures / "cifar10_windows.png")
+    plot(lines, math.prod(images.shape), arguments.pictures / "cifar10_windows.png")
 
 
 if __name__ == "__main__":
