@@ -48,7 +48,7 @@ SIZES = {"digits": ((1, 8, 8), 17), "mnist_grey": ((1, 28, 28), 256), "cifar10":
 SIZES |= {"images": ((3, 8, 32), 256)} | dict.fromkeys(BINARY, ((1, 28, 28), 2))
 
 
-@pytest.mark.parametrize("data", YAML["data"])
+@pytest.mark.parametrize("data", sorted({*YAML["data"]} - {*BINARY[1:]}))  # of which one stands for all
 @pytest.mark.parametrize("model", sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml")))
 def test_every_data_set_and_model_compose_and_build(data: str, model: str) -> None:
     shape, levels = SIZES[data]
@@ -68,11 +68,14 @@ def test_every_data_set_and_model_compose_and_build(data: str, model: str) -> No
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("data", YAML["data"])
-def test_every_data_set_trains(data: str, files: Path, here: Path) -> None:
-    """Through its own reader, from small files in its own format."""
+def test_every_data_set_trains(data: str, files: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through its own reader, from small files in its own format; with a window of few waves, and with figures where
+    no other test has such images."""
     model = "binary" if SIZES[data][1] == 2 else "grey"
+    if data not in ("mnist_grey", "cifar10", "images"):
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
     small = [] if model == "binary" else ["model.likelihood.components=2"]
-    few = ["trainer.max_steps=2", "data.batch_size=32", *overrides(data, files)]
+    few = ["trainer.max_steps=2", "data.batch_size=32", "model.decoder.receptive_field=1x1", *overrides(data, files)]
     command(f"data={data}", f"model={model}", *few, *small, *CPU, *TINY, "folder=run")
     metrics = json.loads(Path("run/metrics.json").read_text())
     assert metrics["steps"] == 2
@@ -96,7 +99,7 @@ def test_every_experiment_takes_two_steps(experiment: str, files: Path, tmp_path
     """At full size, but for the batch, and without test and pictures, which take a while."""
     composed = config(f"experiment={experiment}")
     mine = overrides(composed["data"]["_target_"].rsplit(".", 1)[1], files)
-    few = ["data.batch_size=8", "trainer.max_steps=2", "+trainer.limit_val_batches=0", "trainer.log_every_n_steps=2"]
+    few = ["data.batch_size=2", "trainer.max_steps=2", "+trainer.limit_val_batches=0", "trainer.log_every_n_steps=2"]
     asked, images, model = prepare(config(f"experiment={experiment}", *mine, *CPU, *few))
     before = [parameter.clone() for parameter in model.parameters()]
     trainer = trainer_for(asked, images, tmp_path, [])
@@ -305,15 +308,6 @@ def process(*overrides: str, **environment: str) -> subprocess.CompletedProcess[
     return subprocess.run(line, env=os.environ | environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
-def test_a_refusal_from_outside(here: Path) -> None:
-    done = process("model.decoder.receptive_field=7y4")
-    assert done.returncode == 1
-    assert "7y4" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert not list(here.iterdir())
-
-
 BARE = """
 import sys
 from importlib.metadata import Distribution, PackageNotFoundError
@@ -371,27 +365,16 @@ def test_a_missing_dashboard_is_named(here: Path, monkeypatch: pytest.MonkeyPatc
     assert not list(here.iterdir())
 
 
-def test_offline_runs_need_no_network_and_ask_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="wandb is not installed")
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    nowhere = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9", "HOME": str(here / "home")}
-    done = process(*DIGITS, "folder=run", "trainer.max_steps=2", "wandb.mode=offline", **nowhere)
-    assert done.returncode == 0, done.stderr
-    runs = list((here / "run" / "wandb").glob("offline-run-*"))
-    assert len(runs) == 1
-    assert list(runs[0].glob("*.wandb"))
-    assert {path.name for path in here.iterdir()} <= {"run", "home"}
-
-
-def test_max_time_ends_a_run(here: Path) -> None:
-    limits = ["trainer.max_epochs=-1", "optimizer.schedule=constant", "trainer.max_time=00:00:00:02"]
+def test_max_time_ends_a_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    limits = ["trainer.max_epochs=-1", "optimizer.schedule=constant", "trainer.max_time={milliseconds:200}"]
     command(*DIGITS, *limits, "trainer.check_val_every_n_epoch=1000", "folder=run")
     metrics = json.loads(Path("run/metrics.json").read_text())
     assert metrics["steps"] > 0
 
 
-def test_images_are_counted_where_accumulation_leaves_a_rest(here: Path) -> None:
+def test_images_are_counted_where_accumulation_leaves_a_rest(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     """1,297 images are 12 batches of 100 an epoch, which are 3 steps of 5 batches, the last of 2."""
     settings = ["data.batch_size=100", "trainer.accumulate_grad_batches=5", "trainer.max_epochs=2", "folder=run"]
     command(*DIGITS, *settings)

@@ -58,7 +58,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
 
 def test_a_finished_run_has_every_picture(run: Path) -> None:
     found = {path.stem for path in run.glob("*.png")}
-    assert found >= {*PICTURES, "bits", "window", "noise"}
+    assert found >= {*PICTURES, "bits", "window", "noise", "learning_curves"}
 
 
 @pytest.mark.parametrize("place", ["", "checkpoints/best.ckpt"])
@@ -107,11 +107,20 @@ def test_pictures_need_no_lightning(run: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.zeros((2, 8, 8), np.uint8))
     calls = [["sample", run], ["encode", run, "x.npy"], ["compress", run, "x.npy", "-o", "x.vlae"]]
     calls += [["decompress", run, "x.vlae", "-o", "again.npz"]]
-    code = "import sys\nfrom runpy import run_module\n"
+    code = """
+import sys, torch, vlae
+from runpy import run_module
+model = vlae.load(sys.argv[1])
+torch.load(sys.argv[1], weights_only=True)
+assert not model.training
+assert vlae.sample(model, torch.randn(2, 3), torch.rand(2, 1, 8, 8)).shape == (2, 1, 8, 8)
+assert not {"hydra", "omegaconf", "lightning", "wandb"} & set(sys.modules)
+"""
     for words in calls:
         code += f"sys.argv[1:] = {[*map(str, words)]}; run_module('vlae', run_name='__main__')\n"
     code += "assert 'torch' in sys.modules and not {'lightning', 'hydra'} & set(sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    line = [sys.executable, "-c", code, str(run / "checkpoints" / "best.ckpt")]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not np.load(tmp_path / "again.npz")["images"].any()
 
@@ -212,15 +221,14 @@ def test_compress_and_decompress(run: Path, call: Vlae) -> None:
     assert np.array_equal(np.load("new/test.npz")["images"], x)
     call("decompress", str(run / "checkpoints" / "best.ckpt"), "new/test.vlae", "-o", "pictures")
     call("compress", str(run), "pictures", "-o", "again.vlae", "--samples", "1")
-    call("compress", str(run), "new/test.npz", "-o", "third.vlae", "--samples", "1")
-    assert Path("again.vlae").read_bytes() == Path("third.vlae").read_bytes() == data
-    call("compress", str(run), "pictures", "-o", "portable.vlae", "--samples", "1", "--portable")
-    assert unpack(Path("portable.vlae").read_bytes())[0].floats == "float64"
-    call("decompress", str(run), "portable.vlae")
-    assert np.array_equal(np.load("portable.npz")["images"], x)
-    call("compress", str(run), "pictures/00001.png", "pictures/00000.png", "-o", "two.vlae", "--samples", "1")
+    assert Path("again.vlae").read_bytes() == data
+    two = ["pictures/00001.png", "pictures/00000.png"]
+    call("compress", str(run), *two, "-o", "two.vlae", "--samples", "1", "--portable")
+    assert unpack(Path("two.vlae").read_bytes())[0].floats == "float64"
     call("decompress", str(run), "two.vlae")
     assert np.array_equal(np.load("two.npz")["images"], x[[1, 0]])
+    call("compress", str(run), "two.npz", "-o", "third.vlae", "--samples", "1", "--portable")
+    assert Path("third.vlae").read_bytes() == Path("two.vlae").read_bytes()
     assert {path.name for path in Path("new").iterdir()} == {"test.vlae", "test.npz"}
 
 
@@ -252,6 +260,42 @@ class Evil:
 
     def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
         return os.system, ("touch ran",)
+
+
+@pytest.fixture(scope="module")
+def mistakes(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of what commands cannot use, for all of them, as none may change it."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Image.new("L", (7, 8)).save("small.png")
+        Image.new("L", (8, 8)).save("fits.png")
+        Image.new("L", (400, 300)).save("large.jpg")
+        Image.new("RGB", (8, 8), (0, 16, 0)).save("colour.png")
+        Image.new("L", (8, 8), 100).save("finer.png")
+        np.save("floats.npy", np.zeros((2, 8, 8)))
+        np.save("none.npy", np.zeros((0, 8, 8), dtype=np.uint8))
+        np.save("seventeen.npy", np.arange(128).reshape(2, 1, 8, 8) % 18)
+        np.savez("two.npz", a=np.zeros(1), b=np.zeros(1))
+        np.save("pickled.npy", np.array([Evil()], dtype=object), allow_pickle=True)
+        model = vlae.load(run / "checkpoints" / "best.ckpt")
+        Path("digit.vlae").write_bytes(vlae.compress(model, digits(Path()).test.images[:1]))
+        Path("text.png").write_text("no picture")
+        for name in ("broken", "cut"):
+            Path(name, "checkpoints").mkdir(parents=True)
+        Path("broken/config.json").write_text('{"seed": 0')
+        Path("cut/config.json").write_bytes((run / "config.json").read_bytes())
+        for name in ("evil", "bad"):
+            Path(name, "checkpoints").mkdir(parents=True)
+            config = json.loads((run / "config.json").read_text())
+            if name == "evil":
+                config |= {"allow": ["posix"], "data": {"_target_": "posix.system", "root": "touch ran"}}
+            Path(name, "config.json").write_text(json.dumps(config))
+        for path in ("evil.ckpt", "evil.safetensors", "evil/checkpoints/evil.ckpt", "bad/checkpoints/evil.ckpt"):
+            Path(path).write_bytes(pickle.dumps(Evil(), protocol=2))
+        Path("own.safetensors").write_bytes((ROOT / "weights" / "mnist_static.safetensors").read_bytes())
+        Path("cut/checkpoints/best.ckpt").write_bytes((run / "checkpoints/best.ckpt").read_bytes()[:1000])
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -302,34 +346,10 @@ class Evil:
         (["evaluate", "{run}", "--split", "tset"], "split=tset: must be one of train, validation, test"),
     ],
 )
-def test_one_line_says_what_is_wrong(run: Path, call: Vlae, arguments: list[str], found: str) -> None:
-    Image.new("L", (7, 8)).save("small.png")
-    Image.new("L", (8, 8)).save("fits.png")
-    Image.new("L", (400, 300)).save("large.jpg")
-    Image.new("RGB", (8, 8), (0, 16, 0)).save("colour.png")
-    Image.new("L", (8, 8), 100).save("finer.png")
-    np.save("floats.npy", np.zeros((2, 8, 8)))
-    np.save("none.npy", np.zeros((0, 8, 8), dtype=np.uint8))
-    np.save("seventeen.npy", np.arange(128).reshape(2, 1, 8, 8) % 18)
-    np.savez("two.npz", a=np.zeros(1), b=np.zeros(1))
-    np.save("pickled.npy", np.array([Evil()], dtype=object), allow_pickle=True)
-    model = vlae.load(run / "checkpoints" / "best.ckpt")
-    Path("digit.vlae").write_bytes(vlae.compress(model, digits(Path()).test.images[:1]))
-    Path("text.png").write_text("no picture")
-    for name in ("broken", "cut"):
-        Path(name, "checkpoints").mkdir(parents=True)
-    Path("broken/config.json").write_text('{"seed": 0')
-    Path("cut/config.json").write_bytes((run / "config.json").read_bytes())
-    for name in ("evil", "bad"):
-        Path(name, "checkpoints").mkdir(parents=True)
-        config = json.loads((run / "config.json").read_text())
-        if name == "evil":
-            config |= {"allow": ["posix"], "data": {"_target_": "posix.system", "root": "touch ran"}}
-        Path(name, "config.json").write_text(json.dumps(config))
-    for path in ("evil.ckpt", "evil.safetensors", "evil/checkpoints/evil.ckpt", "bad/checkpoints/evil.ckpt"):
-        Path(path).write_bytes(pickle.dumps(Evil(), protocol=2))
-    Path("own.safetensors").write_bytes((ROOT / "weights" / "mnist_static.safetensors").read_bytes())
-    Path("cut/checkpoints/best.ckpt").write_bytes((run / "checkpoints/best.ckpt").read_bytes()[:1000])
+def test_one_line_says_what_is_wrong(
+    run: Path, mistakes: Path, call: Vlae, arguments: list[str], found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(mistakes)
     (run / "codes.npz").write_text("kept")
     (run / "evaluate.json").write_text("kept")
     before = sorted(Path().rglob("*"))
@@ -374,6 +394,7 @@ def tiles(picture: np.ndarray, rows: int, size: int) -> np.ndarray:
     return cut[..., 2:-2, 2:-2][..., ::zoom, ::zoom]
 
 
+@pytest.mark.usefixtures("unchecked")
 @torch.no_grad()
 def test_pictures_show_what_they_say() -> None:
     model = vlae.load("mnist_static")

@@ -12,11 +12,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from small import DIGITS, ROOT, command
-from test_training import SHAPE, lit, trainer
+from test_training import SHAPE, SaveAt, lit, trainer
 from torch import Tensor
 
 from vlae.data import Images
 from vlae.datasets import Part, Splits
+from vlae.launch import lasting, named
 from vlae.noise import generator
 from vlae.training import Averaging
 
@@ -66,7 +67,8 @@ def test_the_losses_and_weights_of_two_ranks_are_those_of_one_process(
             )
         ranks = {"devices": 2, "strategy": "ddp_fork"} if devices == 2 else {}
         more = {"accumulate_grad_batches": accumulate, "gradient_clip_val": 5.0, "max_epochs": 3}
-        fit = trainer(tmp_path, Diary(tmp_path), Averaging(0.5), **ranks, **more)
+        save = SaveAt("on_validation_end", {1: 9, 2: 6}[accumulate], tmp_path / f"{devices}.ckpt")
+        fit = trainer(tmp_path, Diary(tmp_path), Averaging(0.5), save, **ranks, **more)
         images = Images(toy, root=None, batch_size=8 // devices, eval_batch_size=3, seed=1)
         fit.fit(module, images)
         tested.append(fit.test(module, images, verbose=False)[0])
@@ -79,6 +81,11 @@ def test_the_losses_and_weights_of_two_ranks_are_those_of_one_process(
         torch.testing.assert_close(rank["scores"], one["scores"], **near)
         # a hundredth of the 0.02 by which Adamax moves a weight whose gradient may be all rounding
         torch.testing.assert_close(rank["weights"], one["weights"], rtol=1e-4, atol=2e-4)
+    checkpoints = [torch.load(tmp_path / f"{devices}.ckpt", weights_only=True) for devices in (1, 2)]
+    for key in ("state_dict", "current_model_state"):
+        torch.testing.assert_close(checkpoints[1][key], checkpoints[0][key], rtol=1e-4, atol=2e-4)
+    assert checkpoints[0]["metrics"] == pytest.approx(checkpoints[1]["metrics"], rel=1e-4)
+    assert len(checkpoints[0]["metrics"]) == 4
     assert tested[0] == pytest.approx(tested[1], rel=1e-4)
     assert len(tested[0]) == 4
     # the floor of a rank's own mean would have stopped one rank's gradient and not the other's
@@ -90,7 +97,7 @@ RUN = [*DIGITS, "trainer.max_epochs=2", "trainer.check_val_every_n_epoch=1", "ob
 RUN += ["data.eval_batch_size=90", "wandb.mode=offline"]
 STARTS = {  # a sweep's job is `python train.py`, whose ranks Lightning starts
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py")],
-    "sweep": [str(ROOT / "train.py"), "-m"],
+    "sweep": [str(ROOT / "train.py"), "-m", "folder=all"],
 }
 
 
@@ -126,6 +133,9 @@ def test_every_start_of_two_ranks_leaves_one_run(
     expected, _, whole = left(alone)
     assert files - {Path("output.log")} == expected
     assert dashboards == 1
+    if start == "sweep":
+        asked = {text.split("=")[0]: text for text in [*RUN, *ranks]}.values()  # the last, where one is said twice
+        assert settings.parent == tmp_path / "all" / named(lasting(asked, "digits"))
     shown = settings.with_name("output.log").read_text() if start == "sweep" else done.stdout
     assert shown.count("independent pixels") == 1
     (record,) = (tmp_path / "results").rglob("*.json")

@@ -242,9 +242,10 @@ def test_a_run_that_has_made_its_steps_goes_on_to_more(whole: Path, tmp_path: Pa
 def test_a_run_that_was_stopped_early_is_over(tmp_path: Path) -> None:
     """Also if it is killed before its last line: with no learning rate no validation is better than the first."""
     one, other = tmp_path / "one", tmp_path / "other"
-    ours = ["patience=1", "optimizer.lr=0.0", "averaging=0.0"]
+    ours = ["patience=2", "optimizer.lr=0.0", "trainer.max_steps=12"]
     assert train(one, *ours) == 0
-    assert json.loads((one / "metrics.json").read_text())["steps"] == 6
+    assert json.loads((one / "metrics.json").read_text())["steps"] == 9
+    assert torch.load(one / "checkpoints" / "best.ckpt", weights_only=True)["global_step"] == 3
     assert train(other, *ours, before=Moments("test", 1).watch) == -signal.SIGKILL
     (other / "failed.json").write_text('{"reason": "killed"}')
     (tmp_path / "[").mkdir()

@@ -38,6 +38,7 @@ def every_value(likelihood: Likelihood, params: Tensor) -> Tensor:
     return torch.stack(columns, 1)
 
 
+@pytest.mark.usefixtures("unchecked")
 @over_likelihoods
 @pytest.mark.parametrize("pixels", PIXELS)
 def test_probabilities_sum_to_one(likelihood: Likelihood, pixels: tuple[int, ...]) -> None:
@@ -161,6 +162,7 @@ def conditional(params: np.ndarray, earlier: list[int], levels: int) -> np.ndarr
     raise AssertionError
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("levels", [2, 3, 5, 17, 128, 255, 256])
 @pytest.mark.parametrize("components", [1, 4])
 def test_bisection_finds_the_value_at_which_the_cdf_passes(levels: int, components: int) -> None:
@@ -221,8 +223,8 @@ def test_float32_agrees_with_float64(likelihood: Likelihood) -> None:
 @pytest.mark.usefixtures("unchecked")
 @over_likelihoods
 def test_gradients_are_those_of_the_value(likelihood: Likelihood) -> None:
-    params = parameters(likelihood, 5, size=1.0).requires_grad_()
-    x = torch.randint(likelihood.levels, (4, likelihood.channels, 5))
+    params = parameters(likelihood, 3, size=1.0)[:2].requires_grad_()
+    x = torch.randint(likelihood.levels, (2, likelihood.channels, 3))
     x[:, :, 0], x[:, :, 1] = 0, likelihood.levels - 1
     assert torch.autograd.gradcheck(lambda p: likelihood.log_prob(p, x), params)
 

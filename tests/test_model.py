@@ -174,6 +174,7 @@ TOYS: list[tuple[tuple[int, int, int], int | list[int]]] = [  # enumerated: the 
 over_toys = pytest.mark.parametrize(("shape", "code"), TOYS, ids=str)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(("shape", "code"), [TOYS[0], *TOYS[2:]], ids=str)
 def test_probabilities_of_all_images_sum_to_one(shape: tuple[int, int, int], code: int | list[int]) -> None:
     total = exact(tiny(shape, code=code), images(shape), step=0.5).exp().sum().item()
@@ -186,6 +187,7 @@ def test_without_a_code_the_elbo_is_exact() -> None:
         assert elbo.exp().sum().item() == pytest.approx(1, abs=1e-12)
 
 
+@pytest.mark.usefixtures("unchecked")
 @over_toys
 def test_bounds_rise_with_samples_and_stay_below_the_truth(shape: tuple[int, int, int], code: int | list[int]) -> None:
     model, count = widened(tiny(shape, code=code, scale=isinstance(code, int))), 64 * 128

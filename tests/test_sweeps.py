@@ -200,45 +200,17 @@ def test_long_names_fit_a_file_system() -> None:
 
 
 def test_a_sweep_from_outside(here: Path) -> None:
-    asked = ["seed=0,1,x", *FEW]
-    first = sweep(*asked)
-    assert first.returncode == 1
-    assert not first.stderr
-    folder = here / "runs" / "digits" / named([*lasting([*DIGITS, *FEW], "digits"), "seed"])
-    runs = jobs(folder)
-    assert {run.folder.name: run.state for run in runs} == {"seed=0": "done", "seed=1": "done", "seed=x": "failed"}
-    for run in runs:
-        assert (run.folder / "metrics.json").exists() == (run.state == "done")
-        assert ("seed='x': expected int" in run.reason) == (run.state == "failed")
-        found = re.findall(rf"^{re.escape(run.folder.name)} failed: (.*)$", first.stdout, re.MULTILINE)
-        assert found == ([run.reason] if run.state == "failed" else [])
-        if run.state == "done":
-            assert f"{run.metrics['val/nelbo']:.3f}" in first.stdout
-    assert points(runs)[0].text("val/nelbo") in first.stdout
-    assert "2 of 3" in first.stdout
-    assert (folder / "report.html").exists()
-
-    finished = {run.folder: (run.folder / "metrics.json").stat().st_mtime_ns for run in runs if run.state == "done"}
-    again = sweep(*asked, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
-    assert again.returncode == 1
-    assert again.stdout.count("finished before") == 2
-    assert finished == {path: (path / "metrics.json").stat().st_mtime_ns for path in finished}
-    assert {path.name for path in here.iterdir()} == {"runs"}
-
-
-def test_a_stopped_sweep_goes_on(here: Path) -> None:
-    """Its jobs are stopped at a step, are no success, and go on and end by the same command, whatever launches them."""
-    settings = ["trainer.max_epochs=100000", "optimizer.schedule=constant", "folder=all", "seed=3,4"]
-    names = [named([*lasting(DIGITS, "digits"), "optimizer.schedule=constant", f"seed={seed}"]) for seed in (3, 4)]
+    """Jobs are stopped at a step, are no success, and go on and end by the same command, whatever launches them; what
+    is done is done, and what fails is told and ends nothing else."""
+    settings = ["trainer.max_epochs=100000", "optimizer.schedule=constant"]
+    folder = here / "runs" / "digits" / named([*lasting([*DIGITS, *settings], "digits"), "seed"])
+    names, joblib = ["seed=3", "seed=4"], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     logs: dict[Path, str] = {}
-    for launcher, stop, begun in (
-        ([], signal.SIGTERM, names[:1]),
-        (["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], signal.SIGINT, names),
-    ):
-        last = [here / "all" / name / "checkpoints" / "last.ckpt" for name in begun]
+    for launcher, stop, begun in (([], signal.SIGTERM, names[:1]), (joblib, signal.SIGINT, names)):
+        last = [folder / name / "checkpoints" / "last.ckpt" for name in begun]
         before = {path: path.stat().st_mtime_ns for path in last if path.exists()}
         going = subprocess.Popen(
-            line(*settings, *launcher), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            line(*settings, "seed=3,4", *launcher), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         while going.poll() is None:
             if all(path.exists() and path.stat().st_mtime_ns != before.get(path) for path in last):
@@ -247,7 +219,7 @@ def test_a_stopped_sweep_goes_on(here: Path) -> None:
         going.send_signal(stop)
         output, _ = going.communicate()
         assert going.returncode == 128 + stop, output
-        assert {run.folder.name: run.state for run in jobs(here / "all")} == dict.fromkeys(begun, "unfinished")
+        assert {run.folder.name: run.state for run in jobs(folder)} == dict.fromkeys(begun, "unfinished")
         assert output.count("; the same command goes on") == len(begun)
         logs = {path.parents[1] / "log.jsonl": "" for path in last} | logs
         for path, rows in logs.items():  # it went on, and did not begin again
@@ -255,7 +227,30 @@ def test_a_stopped_sweep_goes_on(here: Path) -> None:
             logs[path] = path.read_text()
     steps = max(torch.load(path, weights_only=True)["global_step"] for path in last) + 2
 
-    done = sweep(*settings, f"trainer.max_steps={steps}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert [job(here / "all" / name).metrics["steps"] for name in names] == [steps, steps]
+    asked = [*settings, f"trainer.max_steps={steps}", "seed=3,x,4"]
+    first = sweep(*asked)
+    assert first.returncode == 1
+    assert not first.stderr
+    runs = jobs(folder)
+    assert {run.folder.name: run.state for run in runs} == {"seed=3": "done", "seed=4": "done", "seed=x": "failed"}
     assert all(path.read_text().startswith(rows) for path, rows in logs.items())
+    for run in runs:
+        assert (run.folder / "metrics.json").exists() == (run.state == "done")
+        assert ("seed='x': expected int" in run.reason) == (run.state == "failed")
+        found = re.findall(rf"^{re.escape(run.folder.name)} failed: (.*)$", first.stdout, re.MULTILINE)
+        assert found == ([run.reason] if run.state == "failed" else [])
+        if run.state == "done":
+            assert run.metrics["steps"] == steps
+            assert f"{run.metrics['val/nelbo']:.3f}" in first.stdout
+    (refused,) = (folder / "seed=x" / "output.log").read_text().splitlines()  # one line, no traceback
+    assert refused == job(folder / "seed=x").reason
+    assert points(runs)[0].text("val/nelbo") in first.stdout
+    assert "2 of 3" in first.stdout
+    assert (folder / "report.html").exists()
+
+    finished = {run.folder: (run.folder / "metrics.json").stat().st_mtime_ns for run in runs if run.state == "done"}
+    again = sweep(*asked, *joblib)
+    assert again.returncode == 1
+    assert again.stdout.count("finished before") == 2
+    assert finished == {path: (path / "metrics.json").stat().st_mtime_ns for path in finished}
+    assert {path.name for path in here.iterdir()} == {"runs"}
