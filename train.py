@@ -23,6 +23,9 @@ def main(cfg: DictConfig) -> float:
         unnamed = tuple(f"{key}=" for key in job.job.config.override_dirname.exclude_keys)
         own = [text for text in overrides if not text.lstrip("+~").startswith(unnamed)]
         folder = Path(job.sweep.dir) / launch.named(own)
+        for section in ("wandb", "trainer"):
+            if not isinstance(settings[section], dict):
+                sys.exit(f"ValueError: {section}={settings[section]}: a section, of which single keys are set")
         settings["wandb"]["group"] = settings["wandb"]["group"] or folder.parent.name
         settings["trainer"]["enable_progress_bar"] = False  # its terminal is a file
         settings["record"] = settings["record"] and f"{settings['record']}/{folder.name}"

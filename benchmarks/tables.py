@@ -141,7 +141,7 @@ def score(row: str, folder: Path, samples: int, images: int | None, ranks: int) 
         if old["samples"] >= samples and old["images"] >= (images or 0):
             return
         try:
-            refuse_loss(kept, "test", samples, images or old["images"])
+            refuse_loss(kept, samples, images or old["images"], split="test")
         except ValueError as error:
             sys.exit(str(error))
     if not (ROOT / folder).exists():

@@ -264,6 +264,14 @@ REFUSED = {  # what the line must say besides
     "trainer.max_epochs=many": "trainer.max_epochs='many': expected int or None",
     "trainer.max_steps=0": "trainer.max_steps=0: nothing would be trained",
     "+trainer.fast_dev_run=true": "trainer.fast_dev_run",
+    "+trainer.overfit_batches=2": "trainer.overfit_batches: each epoch takes the next batches",
+    "+trainer.limit_train_batches=0": "trainer.limit_train_batches=0: leaves nothing",
+    "+trainer.limit_test_batches=0": "trainer.limit_test_batches=0: leaves nothing",
+    "trainer.accumulate_grad_batches=0": "trainer.accumulate_grad_batches=0: must be at least 1",
+    "trainer.check_val_every_n_epoch=0": "trainer.check_val_every_n_epoch=0: must be at least 1",
+    "trainer.precision=transformer-engine": "trainer: .*transformer",
+    "trainer.strategy=ddp_fork": "trainer.strategy=ddp_fork: .*use ddp",
+    "trainer.strategy=ddp_spawn_find_unused_parameters_true": "trainer.strategy=ddp_spawn_find.*: .*use ddp",
     "trainer.max_epochs=-3": "trainer: .*max_epochs",
     "+trainer.logger=false": "trainer.logger=False: unknown key",
     "trainer.accelerator=abacus": "trainer: .*abacus",
@@ -285,7 +293,7 @@ REFUSED = {  # what the line must say besides
 }
 TOGETHER = {
     "trainer.max_epochs=-1 optimizer.schedule=cosine": "optimizer.schedule=cosine: needs trainer.max_steps or",
-    "data.batch_size=700 trainer.devices=2 trainer.strategy=ddp_fork": "data.batch_size: 700.*2 dev.*at most 648",
+    "data.batch_size=700 trainer.devices=2 trainer.strategy=ddp": "data.batch_size: 700.*2 dev.*at most 648",
 }
 
 
@@ -374,8 +382,8 @@ def test_max_time_ends_a_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_images_are_counted_where_accumulation_leaves_a_rest(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
     """1,297 images are 12 batches of 100 an epoch, which are 3 steps of 5 batches, the last of 2."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     settings = ["data.batch_size=100", "trainer.accumulate_grad_batches=5", "trainer.max_epochs=2", "folder=run"]
     command(*DIGITS, *settings)
     metrics = json.loads(Path("run/metrics.json").read_text())

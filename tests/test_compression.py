@@ -576,6 +576,12 @@ def test_other_formats_get_the_same_pixels(channels: int, levels: int) -> None:
     assert sizes(noise, levels)["xz"] < (1.02 * entropy if levels in (2, 256) else 1.5 * entropy) + 100
 
 
+@pytest.mark.parametrize("width", [16_383, 16_384])
+def test_a_picture_too_large_for_webp_goes_without(width: int) -> None:
+    found = sizes(torch.zeros(1, 1, 1, width, dtype=torch.uint8), 256)
+    assert any(name.startswith("WebP") for name in found) == (width == 16_383)
+
+
 def test_normal_masses_are_those_of_the_prior() -> None:
     """constriction's table of N(0, 1) on the grid against the density."""
     model = tiny(scale=False)

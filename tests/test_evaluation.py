@@ -20,7 +20,7 @@ from torch import Tensor
 from vlae.data import Images
 from vlae.datasets import digits
 from vlae.evaluation import BLOCK, Estimate, estimates, evaluate, log_likelihood, noise
-from vlae.model import VLAE, build
+from vlae.model import VLAE, build, digest
 
 X = images()[[7, 100, 273]]
 KEY = (0, "test")
@@ -359,7 +359,7 @@ def test_a_record_says_what_was_found_of_what(tmp_path: Path, capsys: pytest.Cap
     record = json.loads((tmp_path / "evaluate.json").read_text())
     assert record.pop("metrics") == metrics
     about = {"command": "the command", "data": "digits", "split": "validation", "binarisation": "none"}
-    about |= {"seed": 3, "samples": 4, "images": 250}
+    about |= {"seed": 3, "samples": 4, "images": 250, "weights": digest(*model.state_dict().values())}
     assert {name: record[name] for name in about} == about
     assert set(record) == {*about, "commit", "date", "hardware", "wall_s"}
 
@@ -413,8 +413,10 @@ def test_a_part_is_drawn_from_the_whole_split(tmp_path: Path) -> None:
 
 
 def test_a_record_of_hours_is_not_lost(tmp_path: Path) -> None:
+    model = small()
+
     def run(split: str, samples: int, part: int | None = None) -> None:
-        evaluate(small(), Images(digits, None, 1, 1, seed=0), split, samples, None, tmp_path, {}, part)
+        evaluate(model, Images(digits, None, 1, 1, seed=0), split, samples, None, tmp_path, {}, part)
 
     run("test", 2)
     before = (tmp_path / "evaluate.json").read_bytes()
@@ -425,6 +427,12 @@ def test_a_record_of_hours_is_not_lost(tmp_path: Path) -> None:
     assert (tmp_path / "evaluate.json").read_bytes() == before
     run("test", 3)
     assert json.loads((tmp_path / "evaluate.json").read_text())["samples"] == 3
+    own = digest(*model.state_dict().values())
+    torch.nn.init.ones_(model.decoder.head.bias)
+    now = digest(*model.state_dict().values())
+    here = f"holds test at 3 samples of 250 images, weights {own}; move it to have test at 3 of 250, weights {now}"
+    with pytest.raises(ValueError, match=here):
+        run("test", 3)
 
 
 def test_a_record_that_came_meanwhile_is_not_lost(tmp_path: Path) -> None:

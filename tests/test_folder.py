@@ -1,5 +1,6 @@
 """A folder of pictures becomes the images it holds; what does not fit is named."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from vlae.datasets import Splits
-from vlae.folder import images, picture
+from vlae.folder import array, images, picture
 
 NOISE = np.random.default_rng(0)
 
@@ -23,8 +24,8 @@ def fill(folder: Path, count: int = 20, shape: tuple[int, ...] = (6, 9, 3), end:
     """Pictures of noise named in their order."""
     folder.mkdir(parents=True, exist_ok=True)
     arrays = [values(*shape) for _ in range(count)]
-    for number, array in enumerate(arrays):
-        Image.fromarray(array).save(folder / f"{number:03d}{end}")
+    for number, each in enumerate(arrays):
+        Image.fromarray(each).save(folder / f"{number:03d}{end}")
     return arrays
 
 
@@ -253,6 +254,30 @@ def test_a_bad_picture_is_named_or_left_out(tmp_path: Path, kind: str) -> None:
     with pytest.warns(UserWarning, match=rf"left out: 1 of 21 pictures.*{path}"):
         splits = read(tmp_path, skip_unreadable=True, **settings)
     assert sorted(every(splits)) == flat(arrays)
+
+
+def test_any_name_of_a_file_will_do(tmp_path: Path) -> None:
+    arrays = fill(tmp_path, 20)
+    os.rename(tmp_path / "003.png", os.fsencode(tmp_path) + b"/caf\xe9.png")
+    assert sorted(every(read(tmp_path))) == flat(arrays)
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.npz"])
+def test_a_damaged_array_is_named(tmp_path: Path, name: str) -> None:
+    x = np.zeros((4, 6, 9), np.uint8)
+    np.savez_compressed(tmp_path / name, images=x) if name == "x.npz" else np.save(tmp_path / name, x)
+    good, noise = (tmp_path / name).read_bytes(), np.random.default_rng(0)
+    refused: list[str] = []
+    for _ in range(100):
+        bad = bytearray(good[: noise.integers(1, len(good) + 1)])
+        bad[noise.integers(len(bad))] ^= 1 << noise.integers(8)
+        (tmp_path / name).write_bytes(bad)
+        try:
+            array(tmp_path / name, (1, 6, 9))
+        except ValueError as error:
+            refused.append(str(error))
+    assert len(refused) > 30
+    assert all(line.startswith(f"{tmp_path / name}: ") for line in refused)
 
 
 def sixteen_bit_colour(path: Path) -> None:

@@ -4,6 +4,7 @@ Every run is a child of this process, which has read the libraries already; the 
 """
 
 import json
+import math
 import os
 import random
 import re
@@ -23,7 +24,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Timer
 from small import DIGITS, config
-from test_training import lit, make, rows, same, trainer
+from test_training import SaveAt, Watch, lit, make, rows, same, trainer
 from torch.multiprocessing import ProcessExitedException
 
 from vlae import keeping
@@ -363,6 +364,22 @@ def test_what_a_kill_cut_off_is_not_read(tmp_path: Path) -> None:
     log.cut(size)
     log.log_metrics({"train/rate": 4.5}, 4)
     assert read_metrics(tmp_path) == {"train/rate": [(3, 1.5), (4, 4.5)], "val/rate": [(3, 2.5)]}
+
+
+@pytest.mark.parametrize(("before", "now", "step"), [(4, 8, 4), (8, 4, 1), (4, 8, 10)])
+def test_a_run_goes_on_in_the_middle_of_an_epoch_with_others(tmp_path: Path, before: int, now: int, step: int) -> None:
+    """As with another number of devices: of 24 images, 6 batches an epoch are 3 then, or the other way round."""
+    path = tmp_path / "some.ckpt"
+    for size, start in ((before, None), (now, path)):
+        watch, save = Watch(), SaveAt("on_train_batch_end", step, path)
+        callbacks = watch, save, Keeping(tmp_path / f"{size}.ckpt", Log(tmp_path), Timer())
+        fit = trainer(tmp_path, *callbacks, max_epochs=3, enable_checkpointing=True)
+        fit.fit(lit(schedule="cosine"), images := make(size), ckpt_path=start)
+    assert images.train.number == 3 * 24 // now
+    begun = step * before // now
+    assert fit.global_step == step + 3 * 24 // now - begun
+    places = [k * now / (3 * 24) for k in range(begun, 3 * 24 // now)]
+    assert watch.rates == pytest.approx([0.02 * (0.5 + 0.5 * math.cos(math.pi * place)) for place in places])
 
 
 class Tell(Callback):

@@ -116,6 +116,10 @@ KINDS: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
     "seeds": ([{"rate": 9.0, "seed": 0}, {"rate": 8.0, "seed": 1}], []),
     "numbers": ([{"rate": 9.0 + k, "lr": 10.0**-k} for k in range(4)], ["nelbo_against_lr", "rate_against_lr"]),
     "categories": ([{"rate": 9.0, "kind": kind} for kind in ("$soft", "<hard>", None)], ["nelbo_against_kind"]),
+    "lacking": (
+        [{"rate": 9.0, "depth": 1}, {"rate": 8.0, "depth": 1, "window": "4x2"}],
+        [f"{figure}_against_model.decoder.receptive_field" for figure in ("nelbo", "rate")],
+    ),
     "together": ([{"rate": 9.0, "depth": k, "width": 8 * k} for k in (0, 1)], ["nelbo_against_model.prior.depth"]),
     "three": (
         [{"rate": 9.0 - d, "depth": d, "window": w, "lr": r} for d in (0, 1) for w in WINDOWS for r in (0.1, 0.2)],

@@ -19,8 +19,6 @@ from vlae.launch import fail, gpus, lasting, named, plan, quoted, reason, start
 from vlae.records import write
 from vlae.sweeps import job, jobs, points, short, varied
 
-FEW = ["trainer.max_epochs=1", "trainer.check_val_every_n_epoch=1"]
-
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -85,6 +83,14 @@ def run_files(folder: Path, seed: int, depth: int, nelbo: float | None, failed: 
         write(folder / "metrics.json", {"val/nelbo": nelbo, "test/nelbo": nelbo + 1})
     if failed:
         fail(folder, settings, failed)
+
+
+@pytest.mark.parametrize("section", ["wandb=disabled", "trainer=cpu"])
+def test_a_section_is_no_value(section: str, here: Path) -> None:
+    done = sweep(section, "seed=0,1")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr + done.stdout
+    assert f"ValueError: {section}: a section, of which single keys are set" in done.stderr
 
 
 def test_points_are_means_over_seeds(tmp_path: Path) -> None:

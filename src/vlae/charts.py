@@ -22,8 +22,8 @@ Draw = Callable[[Any, Any], None]  # takes a figure and its axes
 
 
 def text(settings: dict[str, Any], name: str | None) -> str:
-    """A setting as one writes it on the command line; empty where there is none."""
-    value = settings.get(name, "") if name else ""
+    """A setting as one writes it on the command line, null where a run lacks it; empty without a name."""
+    value = settings.get(name) if name else ""
     return value if isinstance(value, str) else json.dumps(value)
 
 

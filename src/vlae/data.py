@@ -162,6 +162,7 @@ class Images(LightningDataModule):
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
         self.train_on_validation, self.flip = train_on_validation, flip
         self.train: TrainingBatches | None = None
+        self.before: int | None = None  # batches an epoch had, in a run that goes on
 
     @cached_property
     def splits(self) -> Splits:
@@ -265,7 +266,8 @@ class Images(LightningDataModule):
             if state_dict["fingerprint"] != self.fingerprint:
                 raise ValueError(f"the images below {self.root} or data.folder are not those that training began with")
             # the same place also with another batch size or another number of devices
-            self.train.number = state_dict["number"] * len(self.train) // state_dict["per_epoch"]
+            self.before = state_dict["per_epoch"]
+            self.train.number = state_dict["number"] * len(self.train) // self.before
 
 
 def images_for(data: dict[str, Any], seed: int, allow: tuple[str, ...]) -> Images:

@@ -192,7 +192,8 @@ def evaluate(
     if part is not None:  # never its first rows: these may be easier or harder than the rest
         numbers = torch.randperm(len(x), generator=generator("part", 0))[:part]
     x = x[numbers]
-    refuse_loss(folder / "evaluate.json", split, samples, len(x))
+    same = {"split": split, "data": images.dataset_name, "weights": digest(*model.state_dict().values())}
+    refuse_loss(folder / "evaluate.json", samples, len(x), **same)
     begun_here = dist.is_torchelastic_launched() and not dist.is_initialized()
     if begun_here:
         dist.init_process_group()
@@ -218,17 +219,16 @@ def evaluate(
     prefix = "val" if split == "validation" else split
     metrics = {f"{prefix}/{name}": value for name, (value, _, _) in figures.items()}
     if not dist.is_initialized() or dist.get_rank() == 0:
-        record = {
+        record: dict[str, Any] = {
             **about,
-            "data": images.dataset_name,
+            **same,
             "commit": code,
             "date": started,
             "hardware": hardware(device),
-            "split": split,
         }
         record |= {"binarisation": images.binarisation, "seed": images.seed, "samples": samples, "images": len(x)}
         record |= {"wall_s": round(time.time() - begun, 1), "metrics": metrics}
-        refuse_loss(folder / "evaluate.json", split, samples, len(x))  # of an evaluation that ended meanwhile
+        refuse_loss(folder / "evaluate.json", samples, len(x), **same)  # of an evaluation that ended meanwhile
         write(folder / "evaluate.json", record)
         for file in folder.glob(PARTS):
             file.unlink()
@@ -260,15 +260,20 @@ def refuse_other(model: VLAE, images: "vlae.data.Images") -> None:
         raise ValueError(f"images of {images.shape}, {images.levels} levels; the model is for {shape}, {levels} levels")
 
 
-def refuse_loss(file: Path, split: str, samples: int, images: int) -> None:
-    """ValueError where an older record is of another split, or of more samples or images: it may have taken hours."""
+def refuse_loss(file: Path, samples: int, images: int, **same: str) -> None:
+    """ValueError where an older record has more samples or images, or something else than `same` (split, data, weights;
+    what it does not say is taken for the same): it may have taken hours."""
     if not file.exists():
         return
     try:
         old: dict[str, Any] = json.loads(file.read_text())
-        other, more = old["split"] != split, old["samples"] > samples or old["images"] > images
+        more = old["samples"] > samples or old["images"] > images
+        other = [name for name, value in same.items() if old.get(name, value) != value]
+        holds = f"{old['split']} at {old['samples']} samples of {old['images']} images"
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{file}: no record of an evaluation ({error}); move it elsewhere") from error
     if other or more:
-        holds = f"{old['split']} at {old['samples']} samples of {old['images']} images"
-        raise ValueError(f"{file}: holds {holds}; move it to have {split} at {samples} of {images}")
+        differs = "".join(f", {name} {old[name]}" for name in other if name != "split")
+        now = "".join(f", {name} {same[name]}" for name in other if name != "split")
+        wanted = f"{same['split']} at {samples} of {images}{now}"
+        raise ValueError(f"{file}: holds {holds}{differs}; move it to have {wanted}")

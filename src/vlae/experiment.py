@@ -121,11 +121,18 @@ def trainer_for(asked: Settings, images: Images, folder: Path, loggers: list[Tra
         timer = Timer(settings.pop("max_time", None), interval="epoch")
         callbacks += [timer, Keeping(place / LAST, log, timer)]
         trainer = Trainer(**settings, **ours)
-    except (ValueError, TypeError, MisconfigurationException) as error:
+    except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
         raise ValueError(f"trainer: {error}") from error
     for name in ("max_steps", "max_epochs"):
         if getattr(trainer, name) == 0:
             raise ValueError(f"trainer.{name}=0: nothing would be trained; at least 1, or -1 for no end")
+    for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):
+        value = getattr(trainer, name)
+        if value is not None and value < 1:
+            raise ValueError(f"trainer.{name}={value}: must be at least 1")
+    for name in ("limit_train_batches", "limit_test_batches"):
+        if getattr(trainer, name) == 0:
+            raise ValueError(f"trainer.{name}=0: leaves nothing to train on or to test")
     every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs or -1
     if scored and every and epochs > 0 and epochs % every:
         left = f"the last {epochs % every} epochs are not validated, so their weights cannot be the best"
@@ -133,6 +140,11 @@ def trainer_for(asked: Settings, images: Images, folder: Path, loggers: list[Tra
         warnings.warn(f"trainer.max_epochs={epochs} with trainer.check_val_every_n_epoch={every}: {left}", stacklevel=2)
     if settings.get("fast_dev_run"):
         raise ValueError("trainer.fast_dev_run: leaves nothing to test; use trainer.max_steps=2")
+    if settings.get("overfit_batches"):
+        raise ValueError("trainer.overfit_batches: each epoch takes the next batches; use data=images and few images")
+    if str(asked.trainer.get("strategy")).startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")):
+        strategy = asked.trainer["strategy"]
+        raise ValueError(f"trainer.strategy={strategy}: what its processes count is lost with them; use ddp")
     if trainer.precision not in PRECISIONS:
         allowed = ", ".join(PRECISIONS)
         raise ValueError(f"trainer.precision={trainer.precision}: weights are float32; allowed: {allowed}")
@@ -172,6 +184,8 @@ def train(trainer: Trainer, model: LitVLAE, images: Images, resume: Path | None)
         model.load_state_dict(weights["state_dict"])
         begun = time.time()
         metrics = {**weights["metrics"], **trainer.test(model, images, verbose=False)[0]}
+    except MisconfigurationException as error:  # of what needs the data, such as a share of too few batches
+        raise ValueError(f"trainer: {error}") from error
     except SIGTERMException:  # outside training, where there is nothing to save
         sys.exit(143)  # its own exit code would be 0
     timer = next(callback for callback in trainer.callbacks if isinstance(callback, Timer))  # type: ignore[attr-defined]

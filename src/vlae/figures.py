@@ -169,7 +169,7 @@ def noise_histogram(eps: Float[Tensor, "N D"], path: Path) -> None:
     left.plot(t, np.exp(-(t**2) / 2) / np.sqrt(2 * np.pi), "k--", label="N(0, 1)")
     left.set(title="all dimensions of the code", xlabel="noise", ylabel="density")
     left.legend(frameon=False)
-    deviation = eps.double().std(0, correction=0).sort(descending=True).values.cpu().numpy()
+    deviation = eps.cpu().double().std(0, correction=0).sort(descending=True).values.numpy()
     right.plot(deviation, color="C0", label="codes of images")
     right.axhline(1, color="k", linestyle="--", label="N(0, 1)")
     right.set(title="each dimension by itself, sorted", xlabel="dimension of the code")

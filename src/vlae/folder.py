@@ -5,10 +5,8 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
-from operator import itemgetter
 from pathlib import Path
 from typing import Literal
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -154,7 +152,7 @@ def array(path: Path, shape: tuple[int, int, int]) -> Integer[Tensor, "N C H W"]
             raise ValueError(
                 f"{x.dtype} {list(found.shape)}; integers 0 to 255 of [N, {str([*shape])[1:-1]}] are wanted"
             )
-    except (ValueError, LookupError, EOFError, BadZipFile) as error:
+    except Exception as error:  # a damaged file provokes errors of every kind
         raise ValueError(f"{path}: {error}") from error
     return torch.from_numpy(x.astype(np.uint8))
 
@@ -194,8 +192,8 @@ def drawn(equal: list[str], validation: float, test: float, seed: int) -> np.nda
 
     So no picture lies in two splits, and size, levels or a few more pictures move hardly any to another.
     """
-    keys = sorted({name: blake2b(f"{seed}/{name}".encode()).digest() for name in equal}.items(), key=itemgetter(1))
-    rank, count = {name: k for k, (name, _) in enumerate(keys)}, len(keys)
+    names = sorted(set(equal), key=lambda name: blake2b(f"{seed}/{name}".encode(errors="surrogateescape")).digest())
+    rank, count = {name: k for k, name in enumerate(names)}, len(names)
     cut = count - round(test * count)
     return np.digitize([rank[name] for name in equal], [cut - round(validation * count), cut])
 

@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from vlae.data import Images
 from vlae.model import BEST, LAST
 
 PREVIOUS = "previous.ckpt"
@@ -212,6 +213,12 @@ class Keeping(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.saved, self.agreed = time.monotonic(), trainer.global_step
+        images: Images = trainer.datamodule  # type: ignore[attr-defined]
+        if images.before and images.train is not None:  # Lightning counts batches, and an epoch may have others now
+            done = trainer.fit_loop.epoch_loop.batch_progress.current
+            moved = done.ready * len(images.train) // images.before - done.ready
+            for name in ("ready", "started", "processed", "completed"):
+                setattr(done, name, getattr(done, name) + moved)
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):

@@ -130,6 +130,7 @@ class Sweep(Callback):
 
     def halt(self, number: int, _: FrameType | None) -> None:
         self.stopped = number
+        self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / STOP).touch()  # also for jobs that other processes started
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C is not asked to wait
 

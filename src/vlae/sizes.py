@@ -14,6 +14,8 @@ from jaxtyping import UInt8
 from PIL import Image, features
 from torch import Tensor
 
+WEBP = 16383  # pixels a side, which the format's headers can say
+
 
 def sheet(x: UInt8[Tensor, "N C H W"], levels: int) -> Image.Image:
     """All images as one picture, in which headers weigh least; values as they are, one bit each for black and white."""
@@ -28,17 +30,17 @@ def sheet(x: UInt8[Tensor, "N C H W"], levels: int) -> Image.Image:
 
 
 def sizes(x: UInt8[Tensor, "N C H W"], levels: int) -> dict[str, int]:
-    """Bytes of images, grey or colour, in one PNG, WebP, JPEG XL (if there is `cjxl`) and xz; keys name versions."""
+    """Bytes of images, grey or colour, in one PNG, WebP (if it can be so large), JPEG XL (if there is `cjxl`) and xz;
+    keys name versions."""
     picture, pixels = sheet(x, levels), x.numpy().tobytes()
     png, webp = BytesIO(), BytesIO()
     picture.save(png, "PNG", optimize=True)
-    picture.convert("RGB").save(webp, "WEBP", lossless=True, quality=100, method=6)
+    found = {f"PNG (zlib {features.version('zlib')})": len(png.getvalue())}
+    if max(picture.size) <= WEBP:
+        picture.convert("RGB").save(webp, "WEBP", lossless=True, quality=100, method=6)
+        found[f"WebP {features.version('webp')}"] = len(webp.getvalue())
     raw = np.packbits(x.numpy()).tobytes() if levels == 2 else pixels
-    found = {
-        f"PNG (zlib {features.version('zlib')})": len(png.getvalue()),
-        f"WebP {features.version('webp')}": len(webp.getvalue()),
-        "xz": min(len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) for data in (raw, pixels)),
-    }
+    found["xz"] = min(len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) for data in (raw, pixels))
     if shutil.which("cjxl"):
         with tempfile.TemporaryDirectory() as folder:
             source, target = Path(folder) / "sheet.png", Path(folder) / "sheet.jxl"
