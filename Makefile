@@ -2,8 +2,8 @@ PYTHON ?= python3
 ARGS ?=
 RUN := .venv/bin/python -m
 PIP := $(RUN) pip install -qq --disable-pip-version-check --no-compile
-# pip compiles on one core, and every package's own tests too
-COMPILE := $(RUN) compileall -qq -j 0 -x '/tests?/' .venv/lib || true
+# pip would compile all there is: Python compiles what is imported, once, and is to keep that whatever the environment says
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help train test tables lint format clean
@@ -36,13 +36,11 @@ clean: ## remove .venv and caches; runs/ stays
 .venv/installed: pyproject.toml | .venv/bin/python
 	@echo "Installing vlae into .venv: a few minutes, once"
 	@$(PIP) --editable '.[plots,compress]'
-	@$(COMPILE)
 	@touch $@
 
 .venv/installed-dev: pyproject.toml | .venv/bin/python
 	@echo "Installing vlae and every extra into .venv: a few minutes, once"
 	@$(PIP) --editable '.[dev]'
-	@$(COMPILE)
 	@touch .venv/installed $@
 
 .venv/bin/python:
