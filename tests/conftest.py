@@ -15,7 +15,8 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-install_import_hook(["vlae"], "beartype.beartype")  # before the first import of a module of vlae
+# before the first import of a module of vlae; by runpy, vlae would leave these checks in the bytecode that others find
+install_import_hook(["vlae"], "beartype.beartype")
 # what a shell starts in the background ignores Ctrl-C, and so would what the tests start to interrupt it
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # likewise nohup

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from runpy import run_module
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from small import DIGITS, ROOT, command
 from tiny import tiny
 
 import vlae
+from vlae.__main__ import main
 from vlae.codes import encode, linear_probe
 from vlae.commands import opened
 from vlae.container import unpack
@@ -50,7 +50,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
 
     def call(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["vlae", *arguments])
-        run_module("vlae", run_name="__main__")
+        main()
         return capsys.readouterr().out
 
     return call

@@ -2,13 +2,13 @@
 
 import sys
 from pathlib import Path
-from runpy import run_module
 
 import numpy as np
 import pytest
 from PIL import Image
 from small import ROOT, overrides, write_files
 
+from vlae.__main__ import main
 from vlae.data import independent_pixels
 from vlae.datasets import digits
 
@@ -21,7 +21,7 @@ def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
 
     def run(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["vlae", *arguments, "-o", str(tmp_path / "drawn")])
-        run_module("vlae", run_name="__main__")
+        main()
         return capsys.readouterr().out
 
     return run
@@ -55,11 +55,11 @@ def test_settings_may_stand_behind_an_option(
     monkeypatch.chdir(ROOT)
     folder = str(tmp_path / "drawn")
     monkeypatch.setattr(sys, "argv", ["vlae", "data", "-o", folder, "images", *overrides("images", tmp_path)])
-    run_module("vlae", run_name="__main__")
+    main()
     assert "3x8x32" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["vlae", "data", "digits", "--colour"])
     with pytest.raises(SystemExit, match="2"):
-        run_module("vlae", run_name="__main__")
+        main()
     assert "unknown: --colour" in capsys.readouterr().err
 
 
